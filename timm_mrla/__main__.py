@@ -1,0 +1,4 @@
+from timm_mrla.cli import main
+
+if __name__ == '__main__':
+    main()

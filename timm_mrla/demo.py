@@ -1,0 +1,110 @@
+"""Handwritten digits: trains a model on them with timm's own functions, and tests what timm loads back."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.models import get_pretrained_cfg, save_for_hf
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+import timm_mrla.models  # noqa: F401  registers
+
+__all__ = ['test_digits', 'train_digits']
+
+# of the digits, scaled to [0, 1]
+_DATA_CONFIG = {
+    'input_size': (1, 32, 32),
+    'mean': (0.305,),
+    'std': (0.324,),
+    'crop_pct': 1.0,
+    'interpolation': 'bilinear',
+}
+
+
+def _load_digits() -> list[torch.Tensor]:
+    """The 1,797 scans of scikit-learn: train and test images [N, 1, 32, 32], train and test labels [N]."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError("the demo needs scikit-learn: pip install 'timm-mrla[demo]'") from e
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = F.interpolate(images, size=_DATA_CONFIG['input_size'][1:], mode='bilinear')
+    images = (images - _DATA_CONFIG['mean'][0]) / _DATA_CONFIG['std'][0]
+    labels = torch.from_numpy(digits.target)
+    return train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+
+
+@torch.inference_mode()
+def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    model.eval()
+    return (model(images).argmax(1) == labels).float().mean().item()
+
+
+def train_digits(model_name: str, out: str, epochs: int, batch_size: int = 32) -> float:
+    """Train a model on 80 % of the digits and write it to a folder that `timm.create_model('local-dir:...')` loads.
+
+    Args:
+        model_name: A model of timm's registry.
+        out: The folder, which must not exist yet.
+        epochs: Epochs of training.
+        batch_size: Images in a batch.
+
+    Returns:
+        The accuracy on the other 20 %, in [0, 1].
+
+    Raises:
+        ValueError: There is no such model, or less than one epoch is asked for.
+        FileExistsError: The folder exists.
+        ModuleNotFoundError: scikit-learn or tqdm is missing.
+    """
+    if not timm.is_model(model_name):
+        raise ValueError(
+            f"there is no model {model_name!r}; timm.list_models('*_mrla*') lists those with layer attention"
+        )
+    if epochs < 1:
+        raise ValueError(f'{epochs} epochs are less than 1')
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f'{str(out)!r} exists; remove it or name another folder')
+    x_train, x_test, y_train, y_test = _load_digits()
+    from tqdm import trange
+
+    torch.manual_seed(0)
+    # tokens of 4x4 pixels: 16x16 would leave four of them
+    size_args = {'img_size': 32, 'patch_size': 4} if get_pretrained_cfg(model_name).fixed_input_size else {}
+    model = timm.create_model(model_name, in_chans=1, num_classes=10, **size_args)
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
+    scheduler, epochs = create_scheduler_v2(optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-5)
+    loss_fn = LabelSmoothingCrossEntropy(0.1)
+
+    progress = trange(epochs, desc=model_name, unit='epoch')
+    for epoch in progress:
+        model.train()
+        scheduler.step(epoch)
+        for batch in torch.randperm(len(x_train)).split(batch_size):
+            loss = loss_fn(model(x_train[batch]), y_train[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        accuracy = _accuracy(model, x_test, y_test)
+        progress.set_postfix(loss=f'{loss.item():.3f}', accuracy=f'{accuracy:.1%}')
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+        save_for_hf(model, os.path.join(tmp, 'model'), safe_serialization=True, data_config=_DATA_CONFIG)
+        os.rename(os.path.join(tmp, 'model'), out)
+    return accuracy
+
+
+def test_digits(model_name: str) -> float:
+    """The accuracy, in [0, 1], of a trained model that timm loads by its name, on the digits that training left out."""
+    _, x_test, _, y_test = _load_digits()
+    return _accuracy(timm.create_model(model_name, pretrained=True), x_test, y_test)

@@ -1,0 +1,4 @@
+from timm_mrla.layers.layer_attention import BaseWeights, LightWeights, Memory, MrlaBase, MrlaLight
+from timm_mrla.layers.tokens import MrlaBaseTokens, MrlaLightTokens
+
+__all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaBaseTokens', 'MrlaLight', 'MrlaLightTokens']

@@ -1,0 +1,174 @@
+"""Multi-head recurrent layer attention (MRLA), on feature maps.
+
+Paper: `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
+
+A block t of a stage returns x, a map [B, C, H, W]. From it come, with d channels per head and h = C / d heads,
+
+* the query q and the key k [B, h, d]: the channel means of x through a 1-d convolution over the channels each,
+* the value v [B, C, H, W]: x through a 3x3 depthwise convolution,
+
+and the block's output becomes `x + drop_path(act(norm(m)))`, where m is what the block retrieves:
+
+* MRLA-base attends to all blocks s <= t of the stage: `m = sum_s a_s * v_s`, `a = softmax_s(<q_t, k_s> / sqrt(d))`,
+* MRLA-light recurs on the block's shortcut o, which holds what the blocks before it retrieved:
+  `m = g * act_v(norm_v(v)) + lam * o`, `g = sigmoid(<q, k> / sqrt(d))`.
+
+Every layer attention has one contract, `x, memory = mrla(x, o, memory)`. The memory is the list of the keys and values
+of the stage so far, empty at its start. It is passed from block to block and stored nowhere.
+"""
+
+import math
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+
+__all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaLight']
+
+Memory = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class _QueryKey(nn.Module):
+    """Query and key of a feature map."""
+
+    def __init__(self, dim: int, dim_head: int, device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if dim_head < 1 or dim % dim_head:
+            raise ValueError(f'dim {dim} is not divisible by dim_head {dim_head}')
+        self.dim_head = dim_head
+        self.scale = dim_head**-0.5
+        t = int(abs((math.log2(dim) + 1) / 2))  # the kernel size that ECA-Net (arXiv:1910.03151) derives from the width
+        kernel_size = t if t % 2 else t + 1
+        self.q = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+        self.k = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+
+    def query_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query and key [B, heads, dim_head] of a map [B, C, H, W]."""
+        y = x.mean((2, 3)).unsqueeze(1)  # [B, 1, C]
+        shape = (x.shape[0], -1, self.dim_head)
+        return self.q(y).reshape(shape), self.k(y).reshape(shape)
+
+
+class LightWeights(_QueryKey):
+    """The gate of MRLA-light: `sigmoid(<q, k> / sqrt(d))`, map [B, C, H, W] -> [B, heads]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.query_key(x)
+        return ((q * k).sum(-1) * self.scale).sigmoid()
+
+
+class BaseWeights(_QueryKey):
+    """The attention of MRLA-base: `softmax_s(<q_t, k_s> / sqrt(d))` over the blocks s <= t of the stage.
+
+    Map [B, C, H, W] and the keys of the blocks s < t -> weights [B, heads, t + 1] and the key of block t.
+    """
+
+    def forward(self, x: torch.Tensor, keys: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self.query_key(x)
+        scores = torch.stack([(q * key).sum(-1) for key in [*keys, k]], dim=-1)
+        return (scores * self.scale).softmax(-1), k
+
+
+class _LayerAttention(nn.Module):
+    """What MRLA adds to a block. A subclass says how weights and values make m, in `retrieve`."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        norm_layer: type[nn.Module] | None = None,
+        act_layer: type[nn.Module] | None = None,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Number of channels, C.
+            dim_head: Channels per head, d; divides dim, or ValueError is raised.
+            norm_layer: Norm of what is retrieved.
+            act_layer: Activation after that norm.
+            drop_path: Stochastic depth rate of what is added to the block.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.attn = self.weights_layer(dim, dim_head, **dd)
+        self.v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
+        self.norm = norm_layer(dim, **dd) if norm_layer else nn.Identity()
+        self.act = act_layer() if act_layer else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def per_channel(self, weights: torch.Tensor) -> torch.Tensor:
+        """[B, heads] -> [B, C, 1, 1]"""
+        return weights.unsqueeze(-1).expand(-1, -1, self.attn.dim_head).flatten(1)[:, :, None, None]
+
+    def forward(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
+        """
+        Args:
+            x: Output of the block, [B, C, H, W].
+            o: Input of the block as its shortcut delivers it, [B, C, H, W].
+            memory: Keys and values of the stage's blocks so far.
+
+        Returns:
+            x with what was retrieved added to it, and the memory for the next block.
+        """
+        m, memory = self.retrieve(x, o, memory)
+        return x + self.drop_path(self.act(self.norm(m))), memory
+
+
+class MrlaLight(_LayerAttention):
+    """MRLA-light: `m = g * act_v(norm_v(v)) + lam * o`, linear in the number of blocks. Leaves the memory as it is."""
+
+    weights_layer = LightWeights
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        norm_v: type[nn.Module] | None = None,
+        act_v: type[nn.Module] | None = None,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            dim: Number of channels, C.
+            dim_head: Channels per head, d; divides dim, or ValueError is raised.
+            norm_v: Norm of the value.
+            act_v: Activation of the value, after its norm.
+            **kwargs: norm_layer, act_layer and drop_path, as in MRLA-base.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, dim_head, **kwargs, **dd)
+        self.norm_v = norm_v(dim, **dd) if norm_v else nn.Identity()
+        self.act_v = act_v() if act_v else nn.Identity()
+        self.lam = nn.Parameter(torch.empty(dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw lam from N(0, 1), as the paper's code does."""
+        nn.init.normal_(self.lam)
+
+    def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
+        """m [B, C, H, W] of the block that returned x, and the memory."""
+        v = self.act_v(self.norm_v(self.v(x)))
+        # lam in o's dtype: under autocast a float32 lam would make a float32 map of everything that follows
+        return self.per_channel(self.attn(x)) * v + self.lam.to(o.dtype)[:, None, None] * o, memory
+
+
+class MrlaBase(_LayerAttention):
+    """MRLA-base: `m = sum_s a_s * v_s` over the blocks of the stage so far, quadratic in the number of blocks."""
+
+    weights_layer = BaseWeights
+
+    def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
+        """m [B, C, H, W] of the block that returned x, and the memory with its key and value."""
+        weights, k = self.attn(x, [key for key, _ in memory])
+        memory = [*memory, (k, self.v(x))]
+        terms = [(self.per_channel(a), v) for a, (_, v) in zip(weights.unbind(-1), memory, strict=True)]
+        m = terms[0][0] * terms[0][1]
+        for a, v in terms[1:]:
+            m = torch.addcmul(m, a, v)
+        return m, memory

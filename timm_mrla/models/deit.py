@@ -1,0 +1,277 @@
+"""DeiT with multi-head recurrent layer attention (MRLA)
+
+Papers:
+* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
+* `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerNorm
+from timm.models import VisionTransformer, VisionTransformerDistilled, checkpoint, generate_default_cfgs
+from timm.models._features import feature_take_indices  # how timm reads `indices`; not exported
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
+from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+
+__all__ = ['MrlaVisionTransformer', 'MrlaVisionTransformerDistilled']
+
+
+class MrlaBlock(Block):
+    """timm's block followed by layer attention: `x, memory = block(x, feat_size, memory)`."""
+
+    def __init__(
+        self,
+        dim: int,
+        *args,
+        mrla_layer: type[nn.Module],
+        norm_layer: type[nn.Module] = LayerNorm,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            dim: Width of a token.
+            mrla_layer: Layer attention on tokens, called with the width and the norm of the tokens it reads.
+            norm_layer: Norm of the tokens that attention, MLP and layer attention read.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, *args, norm_layer=norm_layer, **kwargs, **dd)
+        self.mrla = mrla_layer(dim, norm_layer, **dd)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        feat_size: tuple[int, int],
+        memory: Memory,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, Memory]:
+        o = x
+        x = super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return self.mrla(x, o, feat_size, memory)
+
+
+class _Mrla:
+    """Gives timm's vision transformers blocks with layer attention, and hands these the grid and the memory."""
+
+    def __init__(
+        self,
+        *args,
+        mrla_layer: type[nn.Module],
+        mrla_stage_depth: int | None = None,
+        patch_drop_rate: float = 0.0,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: As in timm's model.
+            mrla_layer: Layer attention on tokens, called with the width and the norm of the tokens it reads.
+            mrla_stage_depth: Blocks after which layer attention starts with an empty memory. None for all blocks.
+            patch_drop_rate: 0, since a grid with dropped patches is no map.
+            **kwargs: As in timm's model.
+        """
+        if patch_drop_rate:
+            raise ValueError(f'patch_drop_rate {patch_drop_rate}: layer attention needs every patch, use 0')
+        if mrla_stage_depth is not None and mrla_stage_depth < 1:
+            raise ValueError(f'mrla_stage_depth {mrla_stage_depth} is less than 1')
+        super().__init__(*args, block_fn=partial(MrlaBlock, mrla_layer=mrla_layer), **kwargs)
+        self.mrla_stage_depth = mrla_stage_depth or len(self.blocks)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]] | dict[str, Any]:
+        """timm's method of this name, written again because its loop hands the blocks neither grid nor memory.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: The last n blocks if int, all if None, the given ones if a sequence.
+            return_prefix_tokens: Return the prefix tokens [B, P, C] beside each intermediate.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Stop after the last block asked for.
+            output_fmt: 'NCHW' for maps, 'NLC' for tokens without prefix.
+            intermediates_only: Return the intermediates alone.
+            output_dict: Return a dictionary of 'image_features', 'image_intermediates', 'image_intermediates_prefix'.
+            attn_mask: Mask of the self-attention.
+            is_causal: Causal self-attention.
+
+        Returns:
+            The final features [B, P + N, C] and the intermediates, or what the arguments above ask for instead.
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt {output_fmt!r} is neither 'NCHW' nor 'NLC'")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        feat_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        taken = []
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+            if i % self.mrla_stage_depth == 0:
+                memory = []
+            if self.grad_checkpointing:
+                # the reentrant form passes no gradient to the tensors of a list
+                x, memory = checkpoint(block, x, feat_size, memory, attn_mask, is_causal, use_reentrant=False)
+            else:
+                x, memory = block(x, feat_size, memory, attn_mask, is_causal)
+            if i in take_indices:
+                taken.append(self.norm(x) if norm else x)
+
+        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
+        intermediates = [y[:, self.num_prefix_tokens :] for y in taken]
+        if output_fmt == 'NCHW':
+            intermediates = [y.transpose(1, 2).unflatten(2, feat_size).contiguous() for y in intermediates]
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
+
+        if output_dict:
+            out = {'image_intermediates': intermediates}
+            if return_prefix_tokens:
+                out['image_intermediates_prefix'] = prefix
+            if not intermediates_only:
+                out['image_features'] = self.norm(x)
+            return out
+        if return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefix, strict=True))
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def forward_features(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Images [B, C, H, W] -> normed tokens [B, P + N, C]."""
+        return self.forward_intermediates(x, 1, output_fmt='NLC', attn_mask=attn_mask, is_causal=is_causal)[0]
+
+
+class MrlaVisionTransformer(_Mrla, VisionTransformer):
+    """timm's vision transformer with layer attention."""
+
+
+class MrlaVisionTransformerDistilled(_Mrla, VisionTransformerDistilled):
+    """timm's distilled vision transformer with layer attention."""
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Convert a checkpoint of the authors' code; resample patch and position embeddings as timm does."""
+    return vit_checkpoint_filter_fn(convert_state_dict(state_dict), model)
+
+
+def _create_deit(variant: str, pretrained: bool = False, distilled: bool = False, **kwargs) -> nn.Module:
+    return build_mrla(
+        MrlaVisionTransformerDistilled if distilled else MrlaVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': 0.9, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'license': 'apache-2.0',
+        **kwargs,
+    }  # fmt: skip
+
+
+_sizes = ('tiny', 'small', 'base')
+default_cfgs = generate_default_cfgs(
+    {
+        **{f'deit_{size}_mrla': _cfg() for size in _sizes},
+        **{f'deit_{size}_mrlab': _cfg() for size in _sizes},
+        **{f'deit_{size}_distilled_mrla': _cfg(classifier=('head', 'head_dist')) for size in _sizes},
+    }
+)
+
+
+def _light(dim: int, norm_layer: type[nn.Module], **kwargs) -> MrlaLightTokens:
+    return MrlaLightTokens(dim, dim_head=16, norm_x=norm_layer, norm_o=norm_layer, act_v=nn.GELU, **kwargs)
+
+
+def _base(dim: int, norm_layer: type[nn.Module], **kwargs) -> MrlaBaseTokens:
+    return MrlaBaseTokens(dim, dim_head=16, norm_x=norm_layer, **kwargs)
+
+
+@register_model
+def deit_tiny_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
+    """DeiT-tiny with MRLA-light."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=_light)
+    return _create_deit('deit_tiny_mrla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_small_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
+    """DeiT-small with MRLA-light."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=_light)
+    return _create_deit('deit_small_mrla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_base_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
+    """DeiT-base with MRLA-light."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=_light)
+    return _create_deit('deit_base_mrla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_tiny_mrlab(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
+    """DeiT-tiny with MRLA-base."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=_base, mrla_stage_depth=4)
+    return _create_deit('deit_tiny_mrlab', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_small_mrlab(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
+    """DeiT-small with MRLA-base."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=_base, mrla_stage_depth=4)
+    return _create_deit('deit_small_mrlab', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_base_mrlab(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
+    """DeiT-base with MRLA-base."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=_base, mrla_stage_depth=4)
+    return _create_deit('deit_base_mrlab', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_tiny_distilled_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformerDistilled:
+    """Distilled DeiT-tiny with MRLA-light."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=_light)
+    return _create_deit('deit_tiny_distilled_mrla', pretrained, distilled=True, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_small_distilled_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformerDistilled:
+    """Distilled DeiT-small with MRLA-light."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=_light)
+    return _create_deit('deit_small_distilled_mrla', pretrained, distilled=True, **dict(model_args, **kwargs))
+
+
+@register_model
+def deit_base_distilled_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformerDistilled:
+    """Distilled DeiT-base with MRLA-light."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=_light)
+    return _create_deit('deit_base_distilled_mrla', pretrained, distilled=True, **dict(model_args, **kwargs))
