@@ -167,8 +167,7 @@ class MrlaBase(_LayerAttention):
         """m [B, C, H, W] of the block that returned x, and the memory with its key and value."""
         weights, k = self.attn(x, [key for key, _ in memory])
         memory = [*memory, (k, self.v(x))]
-        terms = [(self.per_channel(a), v) for a, (_, v) in zip(weights.unbind(-1), memory, strict=True)]
-        m = terms[0][0] * terms[0][1]
-        for a, v in terms[1:]:
-            m = torch.addcmul(m, a, v)
+        m = self.per_channel(weights[..., 0]) * memory[0][1]
+        for s, (_, v) in enumerate(memory[1:], start=1):
+            m = torch.addcmul(m, self.per_channel(weights[..., s]), v)
         return m, memory

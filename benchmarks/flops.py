@@ -1,0 +1,55 @@
+"""Parameters and multiply-adds of every entry and of its plain backbone, as the README's table.
+
+    python benchmarks/flops.py
+
+MACs are those of convolutions and matrix products at the entry's own input size, as torch.utils.flop_counter counts them.
+"""
+
+import re
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_mrla
+
+DEEP_STEM = {'stem_type': 'deep', 'stem_width': 32}
+
+
+def backbone(name: str) -> tuple[str, dict[str, object]]:
+    """The plain timm model of an entry, as arguments of `timm.create_model`."""
+    plain, variant = re.fullmatch(r'(.+)_(mrlab?)', name).groups()
+    if plain.startswith('deit'):
+        plain += '_patch16_224'
+    return plain, DEEP_STEM if plain.startswith('resnet') and variant == 'mrlab' else {}
+
+
+def costs(name: str, **kwargs) -> tuple[int, int]:
+    """Parameters and MACs of a model of timm's registry, counted on the meta device."""
+    model = timm.create_model(name, device='meta', **kwargs).eval()
+    x = torch.empty(1, *get_pretrained_cfg(name).input_size, device='meta')
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+
+
+def main() -> None:
+    """Print the table."""
+    print(f'timm-mrla {timm_mrla.__version__}, timm {timm.__version__}, torch {torch.__version__}\n')
+    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | added params | added MACs |')
+    print('|---|---|---|---|---|---|---|---|')
+    for name in timm.list_models('*_mrla*'):
+        params, macs = costs(name)
+        plain, kwargs = backbone(name)
+        plain_params, plain_macs = costs(plain, **kwargs)
+        stem = ', deep stem' if kwargs else ''
+        print(
+            f'| `{name}` | {params / 1e6:.2f} | {macs / 1e9:.3f} '
+            f'| `{plain}`{stem} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} '
+            f'| {(params - plain_params) / 1e6:.3f} | {(macs - plain_macs) / 1e9:.3f} |'
+        )
+
+
+if __name__ == '__main__':
+    main()
