@@ -2,7 +2,7 @@
 
     python benchmarks/flops.py
 
-MACs are those of convolutions and matrix products at the entry's own input size, as torch.utils.flop_counter counts them.
+MACs are those of convolutions and matrix products at the entry's input size, as torch.utils.flop_counter counts them.
 """
 
 import re
