@@ -78,8 +78,8 @@ def train_digits(model_name: str, out: str, epochs: int, batch_size: int = 32) -
     from tqdm import trange
 
     torch.manual_seed(0)
-    # tokens of 4x4 pixels: 16x16 would leave four of them
-    size_args = {'img_size': 32, 'patch_size': 4} if get_pretrained_cfg(model_name).fixed_input_size else {}
+    # tokens of 8x8 pixels: 16x16 would leave four of them
+    size_args = {'img_size': 32, 'patch_size': 8} if get_pretrained_cfg(model_name).fixed_input_size else {}
     model = timm.create_model(model_name, in_chans=1, num_classes=10, **size_args)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-5)

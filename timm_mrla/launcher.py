@@ -16,7 +16,7 @@ def launch(script: str, args: list[str]) -> None:
     `__main__`, sys.argv and sys.path[0] are the script's, so that exit codes and the workers of data loaders, forked or
     spawned, are too; a traceback begins in the script.
     """
-    path = os.path.abspath(script)
+    path = os.path.join(os.getcwd(), script)
     with open(path, 'rb') as f:
         source = f.read()
     if not getattr(sys.flags, 'safe_path', False):  # python -P has no sys.path entry for the script

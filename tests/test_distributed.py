@@ -1,0 +1,50 @@
+"""Two gloo processes under DistributedDataParallel against one process with the whole batch."""
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_mrla  # noqa: F401
+
+MODELS = {
+    # norms over groups: BatchNorm sees the batch of its own process only
+    'resnet18_mrla': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1'),
+    'resnet18_mrlab': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1'),
+    'deit_tiny_mrla': dict(img_size=32, depth=3),
+    'deit_tiny_mrlab': dict(img_size=32, depth=6),
+}
+
+
+def create(name):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, dtype=torch.float64, **MODELS[name])
+
+
+def images():
+    torch.manual_seed(1)
+    return torch.randn(4, 3, 32, 32, dtype=torch.float64)
+
+
+def train_half(rank, name, checkpointing, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = create(name)
+    model.set_grad_checkpointing(checkpointing)
+    ddp = DistributedDataParallel(model)  # which fails if a parameter gets no gradient
+    for _ in range(2):
+        model.zero_grad()
+        ddp(images()[2 * rank : 2 * rank + 2]).square().mean().backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters()}, f'{folder}/gradients.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(('name', 'checkpointing'), zip(MODELS, (False, True, True, False), strict=True))
+def test_gradients_are_those_of_the_whole_batch(name, checkpointing, tmp_path):
+    torch.multiprocessing.spawn(train_half, (name, checkpointing, str(tmp_path)), nprocs=2)
+    model = create(name)
+    model(images()).square().mean().backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    torch.testing.assert_close(torch.load(tmp_path / 'gradients.pth'), expected, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,113 @@
+"""timm's own scripts through the launcher, on a folder of images made here.
+
+TIMM_SCRIPTS names a folder that holds timm's train.py, validate.py, inference.py, benchmark.py and onnx_export.py.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPTS = os.environ.get('TIMM_SCRIPTS')
+pytestmark = [
+    pytest.mark.scripts,
+    pytest.mark.skipif(
+        not SCRIPTS, reason="TIMM_SCRIPTS does not name a folder of timm's scripts, which PyPI does not have"
+    ),
+]
+MODELS = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """An ImageFolder of two classes, red and blue noise."""
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 8), ('val', 4)):
+        for channel, name in ((0, 'red'), (2, 'blue')):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (64, 64, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(folder / f'{i}.jpg')
+    return root
+
+
+def script(name, *args, cwd):
+    command = [sys.executable, '-m', 'timm_mrla', 'run', str(Path(SCRIPTS).absolute() / name), *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stdout + result.stderr
+
+
+def size(model):
+    return ['--img-size', 64] if model.startswith('resnet') else ['--img-size', 64, '--model-kwargs', 'img_size=64']
+
+
+def train(model, images, cwd, *args):
+    options = ['--num-classes', 2, *size(model), '-b', 4, '-j', 1, '--opt', 'adamw', '--lr', 1e-3, '--warmup-epochs', 0]
+    return script('train.py', '--data-dir', images, '--model', model, *options, '--output', cwd, *args, cwd=cwd)
+
+
+def rows(folder):
+    with open(folder / 'summary.csv') as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_train_resume_validate_infer_and_export(model, images, tmp_path):
+    train(model, images, tmp_path, '--experiment', 'run', '--epochs', 1, '--model-ema', '--grad-checkpointing')
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0']
+    assert all(np.isfinite(float(row['eval_loss'])) for row in rows(tmp_path / 'run'))
+    resume = ['--resume', tmp_path / 'run' / 'last.pth.tar', '--drop-path', 0.1]
+    train(model, images, tmp_path, '--experiment', 'more', '--epochs', 2, *resume)
+    assert [row['epoch'] for row in rows(tmp_path / 'more')] == ['1']
+
+    checkpoint = [
+        '--model',
+        model,
+        '--num-classes',
+        2,
+        '--checkpoint',
+        tmp_path / 'more' / 'last.pth.tar',
+        *size(model),
+    ]
+    loader = ['--data-dir', images / 'val', '-b', 4, '-j', 1]
+    assert '"top1"' in script('validate.py', *checkpoint, *loader, cwd=tmp_path)
+    results = ['--fullname', '--results-dir', tmp_path / 'results', '--results-format', 'csv']
+    script('inference.py', *checkpoint, *loader, *results, cwd=tmp_path)
+    (table,) = (tmp_path / 'results').glob('*.csv')
+    assert len(table.read_text().splitlines()) == 1 + 8
+    script('onnx_export.py', tmp_path / 'model.onnx', *checkpoint, '--dynamo', cwd=tmp_path)
+    assert (tmp_path / 'model.onnx').stat().st_size > 0
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_benchmark(model, tmp_path):
+    options = ['--bench', 'both', '--device', 'cpu', '-b', 2, '--num-bench-iter', 5, '--num-warm-iter', 1]
+    out = script('benchmark.py', '--model', model, *options, *size(model), cwd=tmp_path)
+    assert 'infer_samples_per_sec' in out
+    assert 'train_samples_per_sec' in out
+
+
+def test_the_plugin_flag_of_train(images, tmp_path):
+    """Without the launcher, train.py imports the package itself."""
+    command = [
+        sys.executable,
+        Path(SCRIPTS).absolute() / 'train.py',
+        '--device-modules',
+        'timm_mrla',
+        '--data-dir',
+        images,
+    ]
+    options = ['--model', 'resnet18_mrla', '--num-classes', 2, '--img-size', 64, '-b', 4, '-j', 1, '--epochs', 1]
+    output = ['--output', tmp_path, '--experiment', 'run', '--layer-decay', 0.7]
+    result = subprocess.run([*map(str, command + options + output)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert len(rows(tmp_path / 'run')) == 1

@@ -1,0 +1,115 @@
+"""timm's own test_models.py, unmodified, on our models.
+
+timm's source distribution on PyPI holds its tests; they are kept in the user's cache. The test names in timm's list of
+tests depend on the names of models and modules, so that a wrong name would drop tests unseen: what is run on our entry
+must be what is run on its plain backbone.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import timm
+
+import timm_mrla  # noqa: F401
+from benchmarks.flops import backbone
+
+SMALL = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla']
+LEFT_OUT = {
+    # torch.jit is deprecated since torch 2.15. Scripting can neither follow `super().forward` into timm's block nor a
+    # list that grows, and to please it we would have to copy timm's blocks. FX graphs of the models do script, and
+    # test_model_forward_fx_torchscript runs.
+    'test_model_forward_torchscript',
+    # these download the weights of timm's own models, and there are none of ours
+    'test_model_load_pretrained',
+    'test_model_features_pretrained',
+    'test_model_inference',
+}
+
+
+@pytest.fixture(scope='session')
+def timms_tests():
+    """The folder of timm's tests, without the copy of timm that lies beside it in the source distribution."""
+    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'timm-mrla' / f'timm-{timm.__version__}'
+    if not cache.exists():
+        tmp = cache.with_name(f'{cache.name}.{os.getpid()}')
+        tmp.mkdir(parents=True)
+        try:
+            pip = [
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '--quiet',
+                '--no-deps',
+                '--no-binary',
+                ':all:',
+                '--dest',
+                tmp,
+            ]
+            result = subprocess.run([*pip, f'timm=={timm.__version__}'], capture_output=True, text=True)
+            if result.returncode:
+                reason = f"timm's tests cannot be downloaded from PyPI: {result.stderr.strip().splitlines()[-1]}"
+                (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
+            (archive,) = tmp.glob('*.tar.gz')
+            with tarfile.open(archive) as tar:
+                root = archive.name.removesuffix('.tar.gz')
+                wanted = [m for m in tar if m.name.startswith((f'{root}/tests/', f'{root}/pyproject.toml'))]
+                tar.extractall(tmp, members=wanted, filter='data')
+            (tmp / root).rename(cache)
+        finally:
+            shutil.rmtree(tmp)
+    return cache
+
+
+def run(folder, names, report, *args):
+    """Run timm's test_models.py on these models; outcome by test function and model."""
+    env = dict(os.environ, HF_HUB_OFFLINE='1', TIMEOUT='3600')
+    keyword = ' or '.join(f'-{name}]' for name in names)
+    pytest_args = ['-q', '-p', 'timm_mrla', '-p', 'no:cacheprovider', f'-k{keyword}', f'--junitxml={report}', *args]
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', 'tests/test_models.py', *pytest_args],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    cases = {}
+    for case in ElementTree.parse(report).iter('testcase'):
+        function, _, ids = case.get('name').rstrip(']').partition('[')
+        outcome = 'passed' if len(case) == 0 else case[0].tag
+        cases[function, ids.split('-', 1)[-1]] = outcome
+    return cases, result.stdout
+
+
+def collect(folder, name):
+    """The functions of timm's test_models.py that are run on a model, whatever the tags of its weights."""
+    command = [sys.executable, '-m', 'pytest', 'tests/test_models.py', '-q', '--collect-only', f'-k-{name}']
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    ids = [line.split('::')[1] for line in result.stdout.splitlines() if '::' in line]
+    return {i.split('[')[0] for i in ids if i.rstrip(']').split('-', 1)[-1].split('.')[0] == name}
+
+
+def check(folder, names, tmp_path):
+    deselect = [arg for test in LEFT_OUT for arg in ('--deselect', f'tests/test_models.py::{test}')]
+    outcomes, output = run(folder, names, tmp_path / 'report.xml', *deselect)
+    failed = {case: outcome for case, outcome in outcomes.items() if outcome != 'passed'}
+    assert not failed, output[-20_000:]
+    for name in names:
+        functions = {function for function, model in outcomes if model == name}
+        assert functions == collect(folder, backbone(name)[0]) - LEFT_OUT, name
+        assert len(functions) >= 9, name
+
+
+def test_small_entries(timms_tests, tmp_path):
+    check(timms_tests, SMALL, tmp_path)
+
+
+@pytest.mark.timm_full
+def test_every_entry(timms_tests, tmp_path):
+    check(timms_tests, timm.list_models('*_mrla*'), tmp_path)
