@@ -102,8 +102,8 @@ def check(folder, names, tmp_path):
     assert not failed, output[-20_000:]
     for name in names:
         functions = {function for function, model in outcomes if model == name}
-        assert functions == collect(folder, backbone(name)[0]) - LEFT_OUT, name
-        assert len(functions) >= 9, name
+        assert functions >= collect(folder, backbone(name)[0]) - LEFT_OUT, name
+        assert {'test_model_backward', 'test_model_forward_fx', 'test_model_forward_intermediates'} <= functions, name
 
 
 def test_small_entries(timms_tests, tmp_path):
