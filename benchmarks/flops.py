@@ -10,6 +10,7 @@ import re
 import timm
 import torch
 from timm.models import get_pretrained_cfg
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
@@ -18,35 +19,51 @@ DEEP_STEM = {'stem_type': 'deep', 'stem_width': 32}
 
 
 def backbone(name: str) -> tuple[str, dict[str, object]]:
-    """The plain timm model of an entry, as arguments of `timm.create_model`."""
+    """The plain timm model of an entry, as arguments of `timm.create_model`. CeiT, which timm lacks, is its own."""
     plain, variant = re.fullmatch(r'(.+)_(mrlab?)', name).groups()
+    if plain.startswith('ceit'):
+        plain = name
     if plain.startswith('deit'):
         plain += '_patch16_224'
     return plain, DEEP_STEM if plain.startswith('resnet') and variant == 'mrlab' else {}
 
 
-def costs(name: str, **kwargs) -> tuple[int, int]:
-    """Parameters and MACs of a model of timm's registry, counted on the meta device."""
+class Without(nn.Module):
+    """In the place of a layer attention: adds nothing."""
+
+    def forward(self, x: torch.Tensor, *args) -> tuple[torch.Tensor, list]:
+        return x, args[-1]
+
+
+def costs(name: str, input_size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
+    """Parameters and MACs of a model of timm's registry, counted on the meta device, if plain without layer attention."""
     model = timm.create_model(name, device='meta', **kwargs).eval()
-    x = torch.empty(1, *get_pretrained_cfg(name).input_size, device='meta')
+    if plain:
+        for module in model.modules():
+            if hasattr(module, 'mrla'):
+                module.mrla = Without()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
+        model(torch.empty(1, *input_size, device='meta'))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 def main() -> None:
     """Print the table."""
     print(f'timm-mrla {timm_mrla.__version__}, timm {timm.__version__}, torch {torch.__version__}\n')
-    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | added params | added MACs |')
-    print('|---|---|---|---|---|---|---|---|')
-    for name in timm.list_models('*_mrla*'):
-        params, macs = costs(name)
+    print(
+        '| model | input | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | added params | added MACs |'
+    )
+    print('|---|---|---|---|---|---|---|---|---|')
+    family = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models('*_mrla*')}
+    for name in sorted(family, key=lambda name: -list(family.values()).count(family[name])):
+        input_size = get_pretrained_cfg(name).input_size
+        params, macs = costs(name, input_size)
         plain, kwargs = backbone(name)
-        plain_params, plain_macs = costs(plain, **kwargs)
-        stem = ', deep stem' if kwargs else ''
+        plain_params, plain_macs = costs(plain, input_size, plain=True, **kwargs)
+        label = 'CeiT' if plain == name else f'`{plain}`' + (', deep stem' if kwargs else '')
         print(
-            f'| `{name}` | {params / 1e6:.2f} | {macs / 1e9:.3f} '
-            f'| `{plain}`{stem} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} '
+            f'| `{name}` | {input_size[-1]} | {params / 1e6:.2f} | {macs / 1e9:.3f} '
+            f'| {label} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} '
             f'| {(params - plain_params) / 1e6:.3f} | {(macs - plain_macs) / 1e9:.3f} |'
         )
 

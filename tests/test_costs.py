@@ -21,23 +21,26 @@ def test_what_mrla_adds(name):
         kernel_size = mrla.attn.q.kernel_size[0]
         norms = sum(hasattr(getattr(mrla, n, None), 'weight') for n in ('norm', 'norm_v', 'norm_x', 'norm_o'))
         params += 9 * width + 2 * kernel_size + 2 * width * norms + (width if isinstance(mrla, MrlaLight) else 0)
-        positions = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1] - model.num_prefix_tokens
+        positions = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1] - getattr(model, 'num_prefix_tokens', 0)
         macs += 9 * width * positions + 2 * kernel_size * width
 
     blocks = [m for m in model.modules() if isinstance(m, MrlaLight | MrlaBase)]
     for mrla in blocks:
         mrla.register_forward_hook(count)
-    model(torch.empty(1, 3, 224, 224, device='meta'))
+    input_size = model.pretrained_cfg['input_size']
+    model(torch.empty(1, *input_size, device='meta'))
     assert len(blocks) > 0
 
     plain, kwargs = backbone(name)
-    total, plain_total = costs(name), costs(plain, **kwargs)
+    total, plain_total = costs(name, input_size), costs(plain, input_size, plain=True, **kwargs)
     assert total[0] - plain_total[0] == params
     assert total[1] - plain_total[1] == macs
 
 
 def test_the_papers_numbers():
     """ResNet-50: 0.16 M parameters, 0.18 M with the norms, and 0.05 G MACs of convolution."""
-    params, macs = (a - b for a, b in zip(costs('resnet50_mrla'), costs('resnet50'), strict=True))
+    params, macs = (
+        a - b for a, b in zip(costs('resnet50_mrla', (3, 224, 224)), costs('resnet50', (3, 224, 224)), strict=True)
+    )
     assert round(params / 1e6, 2) == 0.18
     assert round(macs / 1e9, 2) == 0.05

@@ -12,10 +12,15 @@ from torch import nn
 from benchmarks.flops import backbone
 from timm_mrla.layers import MrlaBase, MrlaLight
 
-MAPS = ['resnet18_mrla', 'resnet18_mrlab']
-TOKENS = ['deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla']
+RESNETS = ['resnet18_mrla', 'resnet18_mrlab']
+PVTS = ['pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab']
+MAPS = [*RESNETS, *PVTS, 'efficientnet_b0_mrla']
+DEITS = ['deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla']
+TOKENS = [*DEITS, 'ceit_tiny_mrla']
 every = pytest.mark.parametrize('name', MAPS + TOKENS)
+resnets = pytest.mark.parametrize('name', RESNETS)
 maps = pytest.mark.parametrize('name', MAPS)
+deits = pytest.mark.parametrize('name', DEITS)
 tokens = pytest.mark.parametrize('name', TOKENS)
 
 
@@ -24,7 +29,7 @@ def create(name, dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
     if name in TOKENS:
         kwargs = dict({'img_size': (48, 64), 'depth': 5, 'embed_dim': 64, 'num_heads': 2}, **kwargs)
-    else:
+    elif name in RESNETS:
         kwargs = dict({'channels': (32, 32, 64, 64)}, **kwargs)
     features = kwargs.get('features_only', False)
     model = timm.create_model(name, dtype=dtype, **kwargs, **({} if features else {'num_classes': 7}))
@@ -39,10 +44,11 @@ def images(*size, batch=2, dtype=torch.float64):
 
 
 def neutralize(model):
-    """Set what MRLA adds to nothing."""
+    """Set what MRLA adds to nothing: the norm after it to zero, or where there is none, the norm before it and lam."""
     for m in model.modules():
         if isinstance(m, MrlaLight | MrlaBase):
-            for p in m.parameters():
+            zero = [*m.norm.parameters()] or [*m.norm_x.parameters(), *([m.lam] if isinstance(m, MrlaLight) else [])]
+            for p in zero:
                 nn.init.zeros_(p)
     return model
 
@@ -71,7 +77,7 @@ CONV_ARGUMENTS = [
 ]
 
 
-@maps
+@resnets
 @pytest.mark.parametrize('kwargs', CONV_ARGUMENTS, ids=str)
 @pytest.mark.parametrize('train', [False, True])
 def test_without_its_branch_it_is_timms_resnet(name, kwargs, train):
@@ -92,7 +98,7 @@ def test_without_its_branch_it_is_timms_resnet(name, kwargs, train):
         assert torch.equal(a, b)
 
 
-@tokens
+@deits
 @pytest.mark.parametrize('kwargs', TOKEN_ARGUMENTS, ids=str)
 def test_without_its_branch_it_is_timms_vision_transformer(name, kwargs):
     if 'distilled' in name and set(kwargs) & {'global_pool', 'reg_tokens'}:
@@ -203,7 +209,7 @@ def test_intermediates_are_what_the_forward_pass_computes(name):
             assert expected is None or torch.equal(y, expected)
 
 
-@maps
+@resnets
 def test_stages_are_the_equation(name):
     """Whole stages against timm's own blocks followed by the equations in loops."""
     import naive
@@ -371,7 +377,7 @@ def stages(model):
     return [*model.layer1, *model.layer2, *model.layer3, *model.layer4]
 
 
-@maps
+@resnets
 def test_the_papers_drop_path_is_constant_and_on_layer_attention_alone(name):
     model = create(name, mrla_drop_path=0.2)
     assert [b.mrla.drop_path.drop_prob for b in stages(model)] == [0.2] * 8

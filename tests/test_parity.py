@@ -10,7 +10,7 @@ import timm
 import torch
 
 import timm_mrla  # noqa: F401
-from timm_mrla.models import deit, resnet
+from timm_mrla.models import ceit, deit, efficientnet, resnet
 
 REFERENCE = Path(__file__).parent / 'reference'
 MODELS = {
@@ -19,6 +19,8 @@ MODELS = {
     'deit_mrlal_tiny_patch16_224': ('deit_tiny_mrla', deit),
     'deit_mrlal_small_patch16_224': ('deit_small_mrla', deit),
     'deit_mrlab_tiny_patch16_224': ('deit_tiny_mrlab', deit),
+    'ceit_mrla_tiny_patch16_224': ('ceit_tiny_mrla', ceit),
+    'efficientnet_mrla_b0': ('efficientnet_b0_mrla', efficientnet),
 }
 
 

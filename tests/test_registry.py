@@ -10,6 +10,10 @@ import timm_mrla  # noqa: F401
 
 ENTRIES = {
     *(f'resnet{depth}_mrla{b}' for depth in (18, 34, 50, 101, 152) for b in ('', 'b')),
+    *(f'ceit_{size}_mrla' for size in ('tiny', 'small', 'base')),
+    *(f'efficientnet_b{i}_mrla' for i in range(3)),
+    *(f'pvt_v2_b{i}_mrla' for i in range(6)),
+    *(f'pvt_v2_b{i}_mrlab' for i in range(2)),
     *(f'deit_{size}_{kind}' for size in ('tiny', 'small', 'base') for kind in ('mrla', 'mrlab', 'distilled_mrla')),
 }
 

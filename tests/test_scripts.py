@@ -11,7 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
+
+import timm_mrla  # noqa: F401
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = [
@@ -21,6 +25,7 @@ pytestmark = [
     ),
 ]
 MODELS = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab']
+MODELS += ['efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla']
 
 
 @pytest.fixture(scope='module')
@@ -47,11 +52,12 @@ def script(name, *args, cwd):
 
 
 def size(model):
-    return ['--img-size', 64] if model.startswith('resnet') else ['--img-size', 64, '--model-kwargs', 'img_size=64']
+    tokens = model.startswith(('deit', 'ceit'))
+    return ['--img-size', 64, '--model-kwargs', 'img_size=64'] if tokens else ['--img-size', 64]
 
 
 def train(model, images, cwd, *args):
-    options = ['--num-classes', 2, *size(model), '-b', 4, '-j', 1, '--device', 'cpu', '--opt', 'adamw', '--lr', 1e-3, '--warmup-epochs', 0]
+    options = ['--num-classes', 2, *size(model), '-b', 4, '-j', 1, '--device', 'cpu', '--opt', 'adamw', '--lr', 1e-3]
     return script('train.py', '--data-dir', images, '--model', model, *options, '--output', cwd, *args, cwd=cwd)
 
 
@@ -84,7 +90,11 @@ def test_train_resume_validate_infer_and_export(model, images, tmp_path):
     script('inference.py', *checkpoint, *loader, *results, cwd=tmp_path)
     (table,) = (tmp_path / 'results').glob('*.csv')
     assert len(table.read_text().splitlines()) == 1 + 8
-    script('onnx_export.py', tmp_path / 'model.onnx', *checkpoint[:8], '--dynamo', cwd=tmp_path)
+
+    weights = tmp_path / 'weights.pth'  # at the model's own size, which is all that the script can build
+    torch.save(timm.create_model(model, num_classes=2).state_dict(), weights)
+    export = ['--model', model, '--num-classes', 2, '--checkpoint', weights, '--dynamo']
+    script('onnx_export.py', tmp_path / 'model.onnx', *export, cwd=tmp_path)
     assert (tmp_path / 'model.onnx').stat().st_size > 0
 
 

@@ -19,7 +19,17 @@ import timm
 import timm_mrla  # noqa: F401
 from benchmarks.flops import backbone
 
-SMALL = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla']
+SMALL = [
+    'resnet18_mrla',
+    'resnet18_mrlab',
+    'deit_tiny_mrla',
+    'deit_tiny_mrlab',
+    'deit_tiny_distilled_mrla',
+    'efficientnet_b0_mrla',
+    'pvt_v2_b0_mrla',
+    'pvt_v2_b0_mrlab',
+    'ceit_tiny_mrla',
+]
 LEFT_OUT = {
     # torch.jit is deprecated since torch 2.15. Scripting can neither follow `super().forward` into timm's block nor a
     # list that grows, and to please it we would have to copy timm's blocks. FX graphs of the models do script, and
@@ -30,6 +40,8 @@ LEFT_OUT = {
     'test_model_features_pretrained',
     'test_model_inference',
 }
+# CeiT's name is not among those that timm knows to give tokens: its configuration test asks for maps of four dimensions
+LEFT_OUT_OF = {'ceit': {'test_model_default_cfgs'}}
 
 
 @pytest.fixture(scope='session')
@@ -67,6 +79,10 @@ def timms_tests():
     return cache
 
 
+def left_out(name):
+    return LEFT_OUT.union(*(tests for family, tests in LEFT_OUT_OF.items() if name.startswith(family)))
+
+
 def run(folder, names, report, *args):
     """Run timm's test_models.py on these models; outcome by test function and model."""
     env = dict(os.environ, HF_HUB_OFFLINE='1', TIMEOUT='3600')
@@ -98,11 +114,11 @@ def collect(folder, name):
 def check(folder, names, tmp_path):
     deselect = [arg for test in LEFT_OUT for arg in ('--deselect', f'tests/test_models.py::{test}')]
     outcomes, output = run(folder, names, tmp_path / 'report.xml', *deselect)
-    failed = {case: outcome for case, outcome in outcomes.items() if outcome != 'passed'}
+    failed = {(f, m): o for (f, m), o in outcomes.items() if o != 'passed' and f not in left_out(m)}
     assert not failed, output[-20_000:]
     for name in names:
         functions = {function for function, model in outcomes if model == name}
-        assert functions >= collect(folder, backbone(name)[0]) - LEFT_OUT, name
+        assert functions >= collect(folder, backbone(name)[0]) - left_out(name), name
         assert {'test_model_backward', 'test_model_forward_fx', 'test_model_forward_intermediates'} <= functions, name
 
 

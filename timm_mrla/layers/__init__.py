@@ -1,4 +1,14 @@
 from timm_mrla.layers.layer_attention import BaseWeights, LightWeights, Memory, MrlaBase, MrlaLight
-from timm_mrla.layers.tokens import MrlaBaseTokens, MrlaLightTokens
+from timm_mrla.layers.tokens import MrlaBaseTokens, MrlaLightTokens, to_map, to_tokens
 
-__all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaBaseTokens', 'MrlaLight', 'MrlaLightTokens']
+__all__ = [
+    'BaseWeights',
+    'LightWeights',
+    'Memory',
+    'MrlaBase',
+    'MrlaBaseTokens',
+    'MrlaLight',
+    'MrlaLightTokens',
+    'to_map',
+    'to_tokens',
+]

@@ -5,14 +5,19 @@ from torch import nn
 
 from timm_mrla.layers.layer_attention import Memory, MrlaBase, MrlaLight
 
-__all__ = ['MrlaBaseTokens', 'MrlaLightTokens']
+__all__ = ['MrlaBaseTokens', 'MrlaLightTokens', 'to_map', 'to_tokens']
 
 
-def _to_map(x: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def to_map(x: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, P + H * W, C] -> prefix tokens [B, P, C], patches as a map [B, C, H, W]."""
     B, N, C = x.shape
     H, W = feat_size
     return x[:, : N - H * W], x[:, N - H * W :].transpose(1, 2).reshape(B, C, H, W)
+
+
+def to_tokens(prefix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Prefix tokens [B, P, C], a map [B, C, H, W] -> tokens [B, P + H * W, C]."""
+    return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
 
 
 class _Tokens:
@@ -61,11 +66,10 @@ class _Tokens:
         Returns:
             x with what was retrieved added to it, and the memory for the next block.
         """
-        prefix, x_map = _to_map(self.norm_x(x), feat_size)
-        _, o_map = _to_map(self.norm_o(o), feat_size)
+        prefix, x_map = to_map(self.norm_x(x), feat_size)
+        _, o_map = to_map(self.norm_o(o), feat_size)
         m, memory = self.retrieve(x_map, o_map, memory)
-        m = self.act(self.norm(m)).flatten(2).transpose(1, 2)
-        return x + self.drop_path(torch.cat([prefix, m], dim=1)), memory
+        return x + self.drop_path(to_tokens(prefix, self.act(self.norm(m)))), memory
 
 
 class MrlaLightTokens(_Tokens, MrlaLight):

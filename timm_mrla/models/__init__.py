@@ -1,3 +1,3 @@
-from timm_mrla.models import deit, resnet
+from timm_mrla.models import ceit, deit, efficientnet, pvt_v2, resnet
 
-__all__ = ['deit', 'resnet']
+__all__ = ['ceit', 'deit', 'efficientnet', 'pvt_v2', 'resnet']

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
-from timm.models import VisionTransformer, VisionTransformerDistilled, checkpoint, generate_default_cfgs
-from timm.models._features import feature_take_indices  # how timm reads `indices`; not exported
+from timm.models import VisionTransformer, VisionTransformerDistilled, generate_default_cfgs
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
 from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
 from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._transformer import LayerAttentionTransformer
 
 __all__ = ['MrlaVisionTransformer', 'MrlaVisionTransformerDistilled']
 
@@ -59,105 +59,21 @@ class MrlaBlock(Block):
         return self.mrla(x, o, feat_size, memory)
 
 
-class _Mrla:
-    """Gives timm's vision transformers blocks with layer attention, and hands these the grid and the memory."""
+class _Mrla(LayerAttentionTransformer):
+    """timm's vision transformer with a layer attention in each block."""
 
-    def __init__(
-        self,
-        *args,
-        mrla_layer: type[nn.Module],
-        mrla_stage_depth: int | None = None,
-        patch_drop_rate: float = 0.0,
-        **kwargs,
-    ) -> None:
+    def __init__(self, *args, mrla_layer: type[nn.Module], mrla_stage_depth: int | None = None, **kwargs) -> None:
         """
         Args:
             *args: As in timm's model.
             mrla_layer: Layer attention on tokens, called with the width and the norm of the tokens it reads.
             mrla_stage_depth: Blocks after which layer attention starts with an empty memory. None for all blocks.
-            patch_drop_rate: 0, since a grid with dropped patches is no map.
             **kwargs: As in timm's model.
         """
-        if patch_drop_rate:
-            raise ValueError(f'patch_drop_rate {patch_drop_rate}: layer attention needs every patch, use 0')
         if mrla_stage_depth is not None and mrla_stage_depth < 1:
             raise ValueError(f'mrla_stage_depth {mrla_stage_depth} is less than 1')
         super().__init__(*args, block_fn=partial(MrlaBlock, mrla_layer=mrla_layer), **kwargs)
         self.mrla_stage_depth = mrla_stage_depth or len(self.blocks)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]] | dict[str, Any]:
-        """timm's method of this name, written again because its loop hands the blocks neither grid nor memory.
-
-        Args:
-            x: Images [B, C, H, W].
-            indices: The last n blocks if int, all if None, the given ones if a sequence.
-            return_prefix_tokens: Return the prefix tokens [B, P, C] beside each intermediate.
-            norm: Apply the final norm to the intermediates.
-            stop_early: Stop after the last block asked for.
-            output_fmt: 'NCHW' for maps, 'NLC' for tokens without prefix.
-            intermediates_only: Return the intermediates alone.
-            output_dict: Return a dictionary of 'image_features', 'image_intermediates', 'image_intermediates_prefix'.
-            attn_mask: Mask of the self-attention.
-            is_causal: Causal self-attention.
-
-        Returns:
-            The final features [B, P + N, C] and the intermediates, or what the arguments above ask for instead.
-        """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f"output_fmt {output_fmt!r} is neither 'NCHW' nor 'NLC'")
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        feat_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-
-        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
-        taken = []
-        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            if i % self.mrla_stage_depth == 0:
-                memory = []
-            if self.grad_checkpointing:
-                # the reentrant form passes no gradient to the tensors of a list
-                x, memory = checkpoint(block, x, feat_size, memory, attn_mask, is_causal, use_reentrant=False)
-            else:
-                x, memory = block(x, feat_size, memory, attn_mask, is_causal)
-            if i in take_indices:
-                taken.append(self.norm(x) if norm else x)
-
-        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
-        intermediates = [y[:, self.num_prefix_tokens :] for y in taken]
-        if output_fmt == 'NCHW':
-            intermediates = [y.transpose(1, 2).unflatten(2, feat_size).contiguous() for y in intermediates]
-        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
-
-        if output_dict:
-            out = {'image_intermediates': intermediates}
-            if return_prefix_tokens:
-                out['image_intermediates_prefix'] = prefix
-            if not intermediates_only:
-                out['image_features'] = self.norm(x)
-            return out
-        if return_prefix_tokens:
-            intermediates = list(zip(intermediates, prefix, strict=True))
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    def forward_features(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Images [B, C, H, W] -> normed tokens [B, P + N, C]."""
-        return self.forward_intermediates(x, 1, output_fmt='NLC', attn_mask=attn_mask, is_causal=is_causal)[0]
 
 
 class MrlaVisionTransformer(_Mrla, VisionTransformer):

@@ -1,0 +1,329 @@
+"""CeiT with multi-head recurrent layer attention (MRLA)
+
+Papers:
+* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
+* `Incorporating Convolution Designs into Visual Transformers` - https://arxiv.org/abs/2103.11816
+
+timm has no CeiT: its image-to-tokens stem, its LeFF and its layer-wise class-token attention are here, on timm's
+vision transformer.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import LayerNorm, PatchEmbed, trunc_normal_
+from timm.models import VisionTransformer, generate_default_cfgs
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from timm_mrla.layers import Memory, MrlaLightTokens, to_map, to_tokens
+from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._transformer import LayerAttentionTransformer
+
+__all__ = ['Ceit']
+
+
+class ImageToTokens(PatchEmbed):
+    """The stem of CeiT: a 7x7 convolution and a max-pool, each of stride 2, then a projection of patches."""
+
+    def __init__(
+        self,
+        *args,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        stem_width: int = 64,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: As in timm's PatchEmbed.
+            patch_size: Size of a patch in pixels, a multiple of 4.
+            in_chans: Channels of an image.
+            embed_dim: Width of a token.
+            bias: Give the projection a bias.
+            stem_width: Channels of the convolution.
+            **kwargs: As in timm's PatchEmbed.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        if patch_size % 4:
+            raise ValueError(f'patch_size {patch_size} is not a multiple of 4, the stride of the stem')
+        super().__init__(
+            *args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, bias=bias, **kwargs, **dd
+        )
+        self.proj = nn.Sequential()
+        self.proj.add_module('conv', nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False, **dd))
+        self.proj.add_module('bn', nn.BatchNorm2d(stem_width, **dd))
+        self.proj.add_module('pool', nn.MaxPool2d(3, stride=2, padding=1))
+        patch_size //= 4
+        self.proj.add_module('proj', nn.Conv2d(stem_width, embed_dim, patch_size, stride=patch_size, bias=bias, **dd))
+
+
+class LeFF(nn.Module):
+    """Locally-enhanced feed-forward: an MLP on patches, with a depthwise convolution. Prefix tokens pass unchanged."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: type[nn.Module] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            in_features: Width of a token.
+            hidden_features: Channels of the depthwise convolution.
+            act_layer: Activation after the first and the second convolution.
+            norm_layer: None; the norms are BatchNorms.
+            bias: Give the convolutions biases.
+            drop: Dropout rate of the result.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if norm_layer is not None:
+            raise ValueError(f'norm_layer {norm_layer}: LeFF has BatchNorms')
+        self.conv1 = nn.Conv2d(in_features, hidden_features, 1, bias=bias, **dd)
+        self.bn1 = nn.BatchNorm2d(hidden_features, **dd)
+        self.conv2 = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features, bias=bias, **dd)
+        self.bn2 = nn.BatchNorm2d(hidden_features, **dd)
+        self.conv3 = nn.Conv2d(hidden_features, in_features, 1, bias=bias, **dd)
+        self.bn3 = nn.BatchNorm2d(in_features, **dd)
+        self.act = act_layer()
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
+        """Tokens [B, P + H * W, C], grid (H, W) -> tokens [B, P + H * W, C]."""
+        prefix, x = to_map(x, feat_size)
+        x = self.act(self.bn1(self.conv1(x)))
+        x = self.act(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return self.drop(to_tokens(prefix, x))
+
+
+class CeitBlock(Block):
+    """timm's block with LeFF for the MLP, on a residual stream that is normed, followed by MRLA-light.
+
+    `x, memory = block(x, feat_size, memory)`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *args,
+        drop_path: float = 0.0,
+        norm_layer: type[nn.Module] = LayerNorm,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            dim: Width of a token, a multiple of 32.
+            drop_path: Stochastic depth rate of attention, LeFF and layer attention.
+            norm_layer: Norm of the tokens that they read.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, *args, drop_path=drop_path, norm_layer=norm_layer, **kwargs, **dd)
+        self.mrla = MrlaLightTokens(
+            dim,
+            dim_head=32,
+            norm_x=norm_layer,
+            norm_v=nn.BatchNorm2d,
+            act_v=nn.GELU,
+            drop_path=drop_path,
+            **dd,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        feat_size: tuple[int, int],
+        memory: Memory,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, Memory]:
+        x = o = self.norm1(x)
+        x = x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), feat_size)))
+        return self.mrla(x, o, feat_size, memory)
+
+
+class LayerwiseClassAttention(Block):
+    """A block in which the last of the layers' class tokens alone queries: [B, layers, C] -> [B, 1, C]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last = x[:, -1:] + self.drop_path1(self.ls1(self.attn(self.norm1(x))[:, -1:]))
+        return last + self.drop_path2(self.ls2(self.mlp(self.norm2(last))))
+
+
+def _check_pool(global_pool: str | None) -> None:
+    if global_pool not in (None, '', 'token'):
+        raise ValueError(f"global_pool {global_pool!r}: CeiT reads the class token of its layers, use 'token' or ''")
+
+
+class Ceit(LayerAttentionTransformer, VisionTransformer):
+    """CeiT with MRLA-light: timm's vision transformer with the blocks above."""
+
+    def __init__(
+        self,
+        *args,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        class_token: bool = True,
+        global_pool: str = 'token',
+        weight_init: str = '',
+        device=None,
+        dtype=None,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: As in timm's vision transformer.
+            embed_dim: Width of a token, a multiple of 32.
+            depth: Number of blocks.
+            num_heads: Heads of the attention.
+            class_token: True, since the attention over layers reads it.
+            global_pool: 'token' or '', since the class token of that attention is what the head reads.
+            weight_init: As in timm's vision transformer.
+            **kwargs: As in timm's vision transformer.
+        """
+        if not class_token:
+            raise ValueError(f'class_token {class_token}: the layer-wise attention of CeiT reads it, use True')
+        _check_pool(global_pool)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            *args,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            weight_init='skip',
+            embed_layer=ImageToTokens,
+            block_fn=CeitBlock,
+            mlp_layer=LeFF,
+            **kwargs,
+            **dd,
+        )
+        self.mrla_stage_depth = depth
+        self.pos_layer_embed = nn.Parameter(torch.empty(1, depth, embed_dim, **dd))
+        self.lca = LayerwiseClassAttention(embed_dim, num_heads, qkv_bias=True, **dd)
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """timm's initialization, and that of the layers' position embedding."""
+        trunc_normal_(self.pos_layer_embed, std=0.02)
+        super().init_weights(mode, needs_reset)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that should not be decayed."""
+        return super().no_weight_decay() | {'pos_layer_embed'}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Reset the head, and the pooling if given: 'token' or ''."""
+        _check_pool(global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """timm's method of this name; the attention over layers goes with the head that reads it."""
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.pos_layer_embed = nn.Parameter(self.pos_layer_embed[:, : len(self.blocks)].detach())
+        if prune_head:
+            self.lca = self.pos_layer_embed = None
+        return taken
+
+    def forward_blocks(
+        self,
+        x: torch.Tensor,
+        feat_size: tuple[int, int],
+        num_blocks: int,
+        take: Callable[[int, torch.Tensor], None],
+        *args,
+    ) -> torch.Tensor:
+        """Run the first blocks, then the attention of the last class token over all blocks' class tokens."""
+        tokens = []
+
+        def take_token(i: int, y: torch.Tensor) -> None:
+            tokens.append(y[:, :1].clone())  # a view would keep the whole of y alive
+            take(i, y)
+
+        x = super().forward_blocks(x, feat_size, num_blocks, take_token, *args)
+        if self.lca is None:
+            return x
+        last = self.lca(torch.cat(tokens, dim=1) + self.pos_layer_embed[:, :num_blocks])
+        return torch.cat([last, x[:, 1:]], dim=1)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
+    renamed = {}
+    for name, tensor in convert_state_dict(state_dict).items():
+        name = re.sub(r'^i2t\.(backbone\.)?', 'patch_embed.proj.', name)
+        name = re.sub(r'\.(leff|feedforward)\.', '.mlp.', name)
+        renamed[name] = tensor
+    return vit_checkpoint_filter_fn(renamed, model)
+
+
+def _create_ceit(variant: str, pretrained: bool = False, **kwargs) -> Ceit:
+    return build_mrla(
+        Ceit,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': 0.9, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj.conv', 'classifier': 'head',
+        'license': 'apache-2.0',
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({f'ceit_{size}_mrla': _cfg() for size in ('tiny', 'small', 'base')})
+
+
+@register_model
+def ceit_tiny_mrla(pretrained: bool = False, **kwargs) -> Ceit:
+    """CeiT-tiny with MRLA-light."""
+    model_args = dict(embed_dim=192, depth=12, num_heads=3)
+    return _create_ceit('ceit_tiny_mrla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ceit_small_mrla(pretrained: bool = False, **kwargs) -> Ceit:
+    """CeiT-small with MRLA-light."""
+    model_args = dict(embed_dim=384, depth=12, num_heads=6)
+    return _create_ceit('ceit_small_mrla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ceit_base_mrla(pretrained: bool = False, **kwargs) -> Ceit:
+    """CeiT-base with MRLA-light."""
+    model_args = dict(embed_dim=768, depth=12, num_heads=12)
+    return _create_ceit('ceit_base_mrla', pretrained, **dict(model_args, **kwargs))

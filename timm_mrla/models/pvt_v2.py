@@ -1,0 +1,158 @@
+"""PVTv2 with multi-head recurrent layer attention (MRLA)
+
+Papers:
+* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
+* `PVT v2: Improved Baselines with Pyramid Vision Transformer` - https://arxiv.org/abs/2106.13797
+
+The paper's authors released no PVTv2: this is layer attention as in their DeiT, with a memory for each stage.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
+from timm.models import PyramidVisionTransformerV2, checkpoint, generate_default_cfgs, pvt_v2
+from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
+from timm.models.pvt_v2 import checkpoint_filter_fn as pvt_checkpoint_filter_fn
+from torch import nn
+
+from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
+from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._graft import graft, like
+
+__all__ = ['MrlaPvtBlock', 'MrlaPvtStage']
+
+
+class MrlaPvtBlock(Block):
+    """timm's block followed by layer attention: `x, memory = block(x, feat_size, memory)`."""
+
+    def forward(self, x: torch.Tensor, feat_size: tuple[int, int], memory: Memory) -> tuple[torch.Tensor, Memory]:
+        return self.mrla(super().forward(x, feat_size), x, feat_size, memory)
+
+
+class MrlaPvtStage(PyramidVisionTransformerStage):
+    """timm's stage, the memory of layer attention handed from one block to the next."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        B, H, W, C = x.shape
+        x = x.reshape(B, -1, C)
+        memory = []
+        for block in self.blocks:
+            if self.grad_checkpointing:
+                # the reentrant form passes no gradient to the tensors of a list
+                x, memory = checkpoint(block, x, (H, W), memory, use_reentrant=False)
+            else:
+                x, memory = block(x, (H, W), memory)
+        return self.norm(x).reshape(B, H, W, C).permute(0, 3, 1, 2).contiguous()
+
+
+def _mrla_pvt(stock: Callable[..., nn.Module], mrla_layer: Callable[..., nn.Module], **kwargs) -> nn.Module:
+    """timm's PVTv2 with layer attention in each block."""
+    model = stock(**kwargs)
+    for stage in model.stages:
+        for block in stage.blocks:
+            mrla = mrla_layer(block.norm1.normalized_shape[0], like(block.norm1), **get_device_dtype(block))
+            graft(block, MrlaPvtBlock, mrla=mrla)
+        graft(stage, MrlaPvtStage)
+    return model
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Convert a checkpoint of PVTv2's authors to timm's names, as timm does."""
+    return pvt_checkpoint_filter_fn(convert_state_dict(state_dict), model)
+
+
+def _create_pvt(
+    variant: str,
+    stock: Callable[..., nn.Module],
+    mrla_layer: Callable[..., nn.Module],
+    pretrained: bool = False,
+    **kwargs,
+) -> PyramidVisionTransformerV2:
+    return build_mrla(
+        partial(_mrla_pvt, stock, mrla_layer),
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', (0, 1, 2, 3))),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.9, 'interpolation': 'bicubic', 'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'license': 'apache-2.0',
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({
+    **{f'pvt_v2_b{i}_mrla': _cfg() for i in range(6)},
+    **{f'pvt_v2_b{i}_mrlab': _cfg() for i in range(2)},
+})  # fmt: skip
+
+
+def _light(dim: int, norm_layer: Callable[..., nn.Module], **kwargs) -> MrlaLightTokens:
+    return MrlaLightTokens(dim, dim_head=16, norm_x=norm_layer, norm_o=norm_layer, act_v=nn.GELU, **kwargs)
+
+
+def _base(dim: int, norm_layer: Callable[..., nn.Module], **kwargs) -> MrlaBaseTokens:
+    return MrlaBaseTokens(dim, dim_head=16, norm_x=norm_layer, **kwargs)
+
+
+@register_model
+def pvt_v2_b0_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B0 with MRLA-light."""
+    return _create_pvt('pvt_v2_b0_mrla', pvt_v2.pvt_v2_b0, _light, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b1_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B1 with MRLA-light."""
+    return _create_pvt('pvt_v2_b1_mrla', pvt_v2.pvt_v2_b1, _light, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b2_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B2 with MRLA-light."""
+    return _create_pvt('pvt_v2_b2_mrla', pvt_v2.pvt_v2_b2, _light, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b3_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B3 with MRLA-light."""
+    return _create_pvt('pvt_v2_b3_mrla', pvt_v2.pvt_v2_b3, _light, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b4_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B4 with MRLA-light."""
+    return _create_pvt('pvt_v2_b4_mrla', pvt_v2.pvt_v2_b4, _light, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b5_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B5 with MRLA-light."""
+    return _create_pvt('pvt_v2_b5_mrla', pvt_v2.pvt_v2_b5, _light, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b0_mrlab(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B0 with MRLA-base."""
+    return _create_pvt('pvt_v2_b0_mrlab', pvt_v2.pvt_v2_b0, _base, pretrained, **kwargs)
+
+
+@register_model
+def pvt_v2_b1_mrlab(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
+    """PVTv2-B1 with MRLA-base."""
+    return _create_pvt('pvt_v2_b1_mrlab', pvt_v2.pvt_v2_b1, _base, pretrained, **kwargs)
