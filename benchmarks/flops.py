@@ -36,7 +36,7 @@ class Without(nn.Module):
 
 
 def costs(name: str, input_size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
-    """Parameters and MACs of a model of timm's registry, counted on the meta device, if plain without layer attention."""
+    """Parameters and MACs of a model of timm's registry, on the meta device; plain drops layer attention."""
     model = timm.create_model(name, device='meta', **kwargs).eval()
     if plain:
         for module in model.modules():

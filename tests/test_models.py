@@ -98,11 +98,18 @@ def test_without_its_branch_it_is_timms_resnet(name, kwargs, train):
         assert torch.equal(a, b)
 
 
-@deits
-@pytest.mark.parametrize('kwargs', TOKEN_ARGUMENTS, ids=str)
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    # the distilled DeiT of timm has two prefix tokens and reads both
+    [
+        (n, k)
+        for n in DEITS
+        for k in TOKEN_ARGUMENTS
+        if 'distilled' not in n or not {'global_pool', 'reg_tokens'} & set(k)
+    ],
+    ids=str,
+)
 def test_without_its_branch_it_is_timms_vision_transformer(name, kwargs):
-    if 'distilled' in name and set(kwargs) & {'global_pool', 'reg_tokens'}:
-        pytest.skip('the distilled DeiT of timm has two prefix tokens and reads both')
     ours = neutralize(create(name, **kwargs))
     theirs = timm.create_model(
         backbone(name)[0],
@@ -127,6 +134,30 @@ def test_without_its_branch_it_is_timms_vision_transformer(name, kwargs):
         expected = theirs.forward_intermediates(x, **arguments)
         torch.testing.assert_close(ours.forward_intermediates(x, **arguments), expected, rtol=0, atol=0)
     torch.testing.assert_close(ours.get_intermediate_layers(x, 2), theirs.get_intermediate_layers(x, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', [*PVTS, 'efficientnet_b0_mrla'])
+@pytest.mark.parametrize('train', [False, True])
+def test_without_its_branch_it_is_the_stock_model(name, train):
+    plain = backbone(name)[0]
+    kwargs = {'drop_path_rate': 0.2, 'drop_rate': 0.1}
+    ours = neutralize(create(name, **kwargs)).train(train)
+    theirs = timm.create_model(plain, num_classes=7, dtype=torch.float64, **kwargs).train(train)
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if '.mrla.' not in k})
+    if train:  # the paths that layer attention drops would shift the random numbers
+        for m in ours.modules():
+            if isinstance(m, MrlaLight | MrlaBase):
+                m.drop_path = nn.Identity()
+    x = images(64, 96)
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+    ours.eval()
+    theirs.eval()
+    for a, b in zip(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_cardinality_and_base_width_make_a_resnext():
@@ -201,7 +232,7 @@ def test_intermediates_are_what_the_forward_pass_computes(name):
             tokens = model.norm(y.flatten(2).transpose(1, 2))
             expected = short.forward_features(x)[:, model.num_prefix_tokens :]
             torch.testing.assert_close(tokens, expected, rtol=1e-12, atol=1e-12)
-    else:
+    elif name in RESNETS:
         y = intermediates[0]
         for stage, expected in zip([model.maxpool, model.layer1, model.layer2, model.layer3, model.layer4],
                                    [None, *intermediates[1:]], strict=True):  # fmt: skip
@@ -229,6 +260,58 @@ def test_stages_are_the_equation(name):
             else:
                 y = xs[-1] + block.mrla.norm(naive.base(mrlas, xs)).relu()
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', PVTS)
+def test_pyramid_stages_are_the_equation(name):
+    """Whole stages against timm's own blocks followed by the equations in loops, the memory empty at each stage."""
+    import naive
+
+    model = create(name, embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(2, 3, 1, 1)).eval()
+    x = images(40, 48, batch=1)
+    y = model.patch_embed(x)
+    for stage, expected in zip(model.stages[:2], model.forward_intermediates(x, intermediates_only=True), strict=False):
+        y = y if stage.downsample is None else stage.downsample(y)
+        _, H, W, C = y.shape
+        y = y.reshape(1, H * W, C)
+        mrlas, normed = [], []
+        for block in stage.blocks:
+            mrla, o = block.mrla, y
+            y = timm.models.pvt_v2.Block.forward(block, y, (H, W))
+            mrlas.append(mrla)
+            normed.append(mrla.norm_x(y).transpose(1, 2).unflatten(2, (H, W)))
+            if isinstance(mrla, MrlaLight):
+                m = naive.light(mrla, normed[-1], mrla.norm_o(o).transpose(1, 2).unflatten(2, (H, W)))
+            else:
+                m = naive.base(mrlas, normed)
+            y = y + m.flatten(2).transpose(1, 2)
+        y = stage.norm(y).reshape(1, H, W, C).permute(0, 3, 1, 2)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_layer_attention_is_where_the_paper_has_it_in_efficientnet():
+    """In the inverted residuals that have a skip, with eight heads."""
+    model = create('efficientnet_b1_mrla')
+    for stage in model.blocks:
+        for i, block in enumerate(stage):
+            inverted = isinstance(block, timm.models._efficientnet_blocks.InvertedResidual)
+            assert hasattr(block, 'mrla') == (inverted and i > 0)
+            if hasattr(block, 'mrla'):
+                assert block.mrla.attn.dim_head * 8 == block.conv_pwl.out_channels
+                assert block.mrla.norm is not block.bn3
+
+
+def test_ceit_reads_the_class_tokens_of_its_layers():
+    """Only the last class token queries, and only class tokens reach the head beside it."""
+    model = create('ceit_tiny_mrla').eval()
+    x = images()
+    _, taken = model.forward_intermediates(x, return_prefix_tokens=True)
+    tokens = torch.cat([prefix for _, prefix in taken], 1) + model.pos_layer_embed
+    q, k, v = model.lca.attn.qkv(model.lca.norm1(tokens)).reshape(2, 5, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    weights = (q[:, :, -1:] @ k.transpose(-2, -1) / 32**0.5).softmax(-1)
+    last = tokens[:, -1] + model.lca.attn.proj((weights @ v).transpose(1, 2).reshape(2, 64))
+    last = last + model.lca.mlp(model.lca.norm2(last))
+    torch.testing.assert_close(model(x), model.head(model.norm(last)), rtol=1e-12, atol=1e-12)
 
 
 def test_deit_base_forgets_after_four_blocks():
@@ -282,7 +365,7 @@ def test_grids_of_any_size(name):
     assert padded.forward_intermediates(images(50, 70), 1)[1][0].shape[-2:] == (4, 5)
 
 
-@tokens
+@deits
 def test_transposed_grid_is_not_the_same_grid(name):
     """As many patches in another shape give another function: the grid is the true one, not a guess."""
     wide = create(name, pos_embed='none', dynamic_img_size=True).eval()
@@ -312,24 +395,39 @@ def test_pruned_models_keep_their_taps_and_nothing_else(name, indices):
     assert model.eval()(x).isfinite().all()
 
 
-@maps
+FEATURES = [(name, feature_cls) for name in RESNETS for feature_cls in (None, 'list', 'dict', 'getter', 'hook', 'fx')]
+FEATURES += [('efficientnet_b0_mrla', feature_cls) for feature_cls in (None, 'getter', 'hook', 'fx')]
+
+
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'getter', 'hook', 'fx'])
-def test_features(name, output_stride, feature_cls):
-    kwargs = {} if feature_cls == 'getter' else {'feature_cls': feature_cls}
-    model = create(name, features_only=True, output_stride=output_stride, out_indices=(1, 2, 4), **kwargs).eval()
+@pytest.mark.parametrize(('name', 'feature_cls'), FEATURES)
+def test_features(name, feature_cls, output_stride):
+    model = create(
+        name, features_only=True, output_stride=output_stride, out_indices=(1, 2, 4), feature_cls=feature_cls
+    )
+    x = images(64, 96)
+    out = model.eval()(x)
+    out = list(out.values()) if isinstance(out, dict) else out
+    strides = [4, 8, output_stride]
+    assert model.feature_info.reduction() == strides
+    channels = model.feature_info.channels()
+    assert [tuple(y.shape[1:]) for y in out] == [(c, 64 // s, 96 // s) for c, s in zip(channels, strides, strict=True)]
+    whole = create(name, output_stride=output_stride).eval()
+    theirs = {n.replace('model.', '').replace('body.', ''): p for n, p in model.state_dict().items()}
+    if feature_cls != 'fx':  # whose own names differ
+        assert not whole.load_state_dict(theirs, strict=False).unexpected_keys
+        torch.testing.assert_close(
+            out, whole.forward_intermediates(x, [1, 2, 4], intermediates_only=True), rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize('name', PVTS)
+@pytest.mark.parametrize('feature_cls', [None, 'dict', 'getter', 'hook', 'fx'])
+def test_pyramid_features(name, feature_cls):
+    model = create(name, features_only=True, out_indices=(1, 3), feature_cls=feature_cls).eval()
     out = model(images(64, 96))
     out = list(out.values()) if isinstance(out, dict) else out
-    strides = model.feature_info.reduction()
-    assert strides == [4, 8, min(32, output_stride)]
-    assert [tuple(y.shape[1:]) for y in out] == [
-        (c, 64 // s, 96 // s) for c, s in zip(model.feature_info.channels(), strides, strict=True)
-    ]
-    whole = create(name, output_stride=output_stride).eval()
-    whole.load_state_dict(model.state_dict(), strict=False)
-    if feature_cls == 'list':
-        expected = whole.forward_intermediates(images(64, 96) * 0 + 0.5, [1, 2, 4], intermediates_only=True)
-        torch.testing.assert_close(model(images(64, 96) * 0 + 0.5), expected, rtol=0, atol=0)
+    assert [tuple(y.shape[1:]) for y in out] == [(64, 8, 12), (256, 2, 3)]
 
 
 @tokens
@@ -365,12 +463,19 @@ def test_drop_path(name):
     """Zero at the first block, the given rate at the last, on the residual and on the branch of layer attention."""
     model = create(name, drop_path_rate=0.3)
     rates = [getattr(m.drop_path, 'drop_prob', 0.0) for m in model.modules() if isinstance(m, MrlaLight | MrlaBase)]
-    if name in TOKENS:
-        assert rates == [0.0] * 5  # the paper's DeiT drops no path of its layer attention
-        assert model.blocks[-1].drop_path2.drop_prob == pytest.approx(0.3)
-    else:
+    if name in DEITS + PVTS:  # the paper's DeiT drops no path of its layer attention
+        assert set(rates) == {0.0}
+    elif name in RESNETS:
         assert rates == pytest.approx([0.3 * i / 7 for i in range(8)])
-        assert rates[1:] == pytest.approx([b.drop_path.drop_prob for b in list(stages(model))[1:]])
+        assert rates[1:] == pytest.approx([b.drop_path.drop_prob for b in stages(model)[1:]])
+    elif name == 'ceit_tiny_mrla':
+        assert rates == pytest.approx([0.3 * i / 4 for i in range(5)])
+        assert rates[1:] == [b.drop_path1.drop_prob for b in model.blocks[1:]]
+    else:
+        blocks = [b for stage in model.blocks for b in stage]
+        assert rates == [b.drop_path.drop_prob for b in blocks if hasattr(b, 'mrla')]
+        assert len(rates) == 9
+        assert min(rates) > 0
 
 
 def stages(model):
@@ -410,6 +515,7 @@ def test_initialization_is_the_papers(name):
     torch.manual_seed(0)
     model = timm.create_model(name)
     lams = [m.lam for m in model.modules() if isinstance(m, MrlaLight)]
+    assert bool(lams) == name.endswith('_mrla')
     if lams:
         lam = torch.cat(lams)
         assert lam.mean().abs() < 0.1
@@ -417,7 +523,7 @@ def test_initialization_is_the_papers(name):
     for m in model.modules():
         if isinstance(m, MrlaLight | MrlaBase) and isinstance(m.norm, nn.BatchNorm2d):
             assert (m.norm.weight == 1).all()
-    if name in MAPS:
+    if name in RESNETS:
         assert all((b.bn2.weight == 0).all() for b in stages(model))
 
 
@@ -436,8 +542,8 @@ def test_channels_last(name):
     x = images(dtype=torch.float32)
     expected = model(x)
     model = model.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-4)
-    if name in MAPS:
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-3)
+    if name not in TOKENS + PVTS:
         features = model.forward_features(x.to(memory_format=torch.channels_last))
         assert features.is_contiguous(memory_format=torch.channels_last)
 
@@ -445,7 +551,7 @@ def test_channels_last(name):
 @every
 def test_autocast(name):
     model = create(name, dtype=torch.float32).train()
-    x = images(dtype=torch.float32)
+    x = images(*((96, 128) if name in MAPS else ()), batch=4, dtype=torch.float32)
     expected = model(x)
     with torch.autocast('cpu', torch.bfloat16):
         out = model(x)
@@ -491,13 +597,15 @@ def test_export(name):
     torch.testing.assert_close(exported(y), model(y), rtol=1e-12, atol=1e-12)
 
 
-@maps
+@pytest.mark.parametrize('name', [*RESNETS, 'efficientnet_b0_mrla', 'ceit_tiny_mrla'])
 def test_sync_batch_norm_keeps_every_norm(name):
     from timm.layers import convert_sync_batchnorm
 
     for convert in (convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm):
         model = create(name)
         norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+        if convert is not convert_sync_batchnorm and name not in RESNETS:
+            continue  # torch's own conversion drops the activations of timm's EfficientNet
         converted = convert(copy.deepcopy(model))
         assert [n for n, m in converted.named_modules() if isinstance(m, nn.SyncBatchNorm)] == norms
         assert any('mrla' in n for n in norms)
@@ -537,6 +645,12 @@ def test_unknown_arguments(name):
         ('deit_tiny_mrlab', 'mrla_stage_depth', 0),
         ('deit_tiny_mrla', 'embed_dim', 198),
         ('deit_tiny_distilled_mrla', 'global_pool', 'avg'),
+        ('ceit_tiny_mrla', 'global_pool', 'avg'),
+        ('ceit_tiny_mrla', 'class_token', False),
+        ('ceit_tiny_mrla', 'patch_size', 14),
+        ('ceit_tiny_mrla', 'embed_dim', 48),
+        ('pvt_v2_b0_mrla', 'global_pool', 'max'),
+        ('efficientnet_b0_mrla', 'global_pool', 'median'),
     ],
 )
 def test_bad_values_are_named(name, argument, value):
