@@ -59,6 +59,19 @@ def gradients(model, x, features=False):
     return {n: p.grad for n, p in model.named_parameters()}
 
 
+def assert_equal_functions(ours, theirs):
+    x = images(64, 96)
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(0)
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
+    ours.eval()
+    theirs.eval()
+    for a, b in zip(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True):
+        assert torch.equal(a, b)
+
+
 TOKEN_ARGUMENTS = [
     {},
     {'global_pool': 'avg'},
@@ -86,16 +99,7 @@ def test_without_its_branch_it_is_timms_resnet(name, kwargs, train):
     ours = neutralize(create(name, **kwargs)).train(train)
     theirs = timm.create_model(plain, num_classes=7, channels=(32, 32, 64, 64), dtype=torch.float64, **kwargs)
     theirs.train(train).load_state_dict({k: v for k, v in ours.state_dict().items() if '.mrla.' not in k})
-    x = images(64, 96)
-    outputs = []
-    for model in (ours, theirs):
-        torch.manual_seed(0)
-        outputs.append(model(x))
-    assert torch.equal(*outputs)
-    ours.eval()
-    theirs.eval()
-    for a, b in zip(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True):
-        assert torch.equal(a, b)
+    assert_equal_functions(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -148,16 +152,7 @@ def test_without_its_branch_it_is_the_stock_model(name, train):
         for m in ours.modules():
             if isinstance(m, MrlaLight | MrlaBase):
                 m.drop_path = nn.Identity()
-    x = images(64, 96)
-    outputs = []
-    for model in (ours, theirs):
-        torch.manual_seed(0)
-        outputs.append(model(x))
-    assert torch.equal(*outputs)
-    ours.eval()
-    theirs.eval()
-    for a, b in zip(ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True):
-        assert torch.equal(a, b)
+    assert_equal_functions(ours, theirs)
 
 
 def test_cardinality_and_base_width_make_a_resnext():

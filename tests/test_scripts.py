@@ -75,6 +75,10 @@ def test_train_resume_validate_infer_and_export(model, images, tmp_path):
     train(model, images, tmp_path, '--experiment', 'more', '--epochs', 2, *resume)
     assert [row['epoch'] for row in rows(tmp_path / 'more')] == ['1']
 
+    finetune = ['--pretrained', '--pretrained-path', tmp_path / 'run' / 'last.pth.tar']
+    train(model, images, tmp_path, '--experiment', 'tuned', '--epochs', 1, *finetune)
+    assert len(rows(tmp_path / 'tuned')) == 1
+
     checkpoint = [
         '--model',
         model,

@@ -1,15 +1,17 @@
-"""What the families share: registration, construction, and the names of the authors' checkpoints."""
+"""What the families share: registration, configuration, construction, and the names of the authors' checkpoints."""
 
 import re
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, clean_state_dict, is_model
 from timm.models import register_model as timm_register_model
 from torch import nn
 
-__all__ = ['build_mrla', 'convert_state_dict', 'register_model']
+__all__ = ['build_mrla', 'convert_state_dict', 'model_cfg', 'register_model']
 
 # the authors' names of what MRLA adds to a block, and ours
 _AUTHORS_NAMES = (
@@ -26,6 +28,19 @@ _AUTHORS_NAMES = (
 def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """timm's `register_model`, except that a name which is taken stays as it is."""
     return fn if is_model(fn.__name__) else timm_register_model(fn)
+
+
+def model_cfg(**kwargs) -> dict[str, Any]:
+    """The configuration of a model without weights, with what all families share."""
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'license': 'apache-2.0',
+        **kwargs,
+    }
 
 
 def build_mrla(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:

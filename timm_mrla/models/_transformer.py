@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # how timm reads `indices`; not exported
+
+from timm_mrla.models._block import run_block
 
 __all__ = ['LayerAttentionTransformer']
 
@@ -48,14 +49,11 @@ class LayerAttentionTransformer:
         Returns:
             Tokens [B, P + H * W, C].
         """
-        for i, block in enumerate(self.blocks[:num_blocks]):
+        for i, block in zip(range(num_blocks), self.blocks, strict=False):
             if i % self.mrla_stage_depth == 0:
                 memory = []
-            if self.grad_checkpointing:
-                # the reentrant form passes no gradient to the tensors of a list
-                x, memory = checkpoint(block, x, feat_size, memory, attn_mask, is_causal, use_reentrant=False)
-            else:
-                x, memory = block(x, feat_size, memory, attn_mask, is_causal)
+            args = (x, feat_size, memory, attn_mask, is_causal)
+            x, memory = run_block(block, *args, grad_checkpointing=self.grad_checkpointing)
             take(i, x)
         return x
 

@@ -10,10 +10,9 @@ vision transformer.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, PatchEmbed, trunc_normal_
 from timm.models import VisionTransformer, generate_default_cfgs
 from timm.models.vision_transformer import Block
@@ -21,7 +20,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from timm_mrla.layers import Memory, MrlaLightTokens, to_map, to_tokens
-from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
 from timm_mrla.models._transformer import LayerAttentionTransformer
 
 __all__ = ['Ceit']
@@ -293,17 +292,7 @@ def _create_ceit(variant: str, pretrained: bool = False, **kwargs) -> Ceit:
     )
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
-        'crop_pct': 0.9, 'interpolation': 'bicubic', 'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj.conv', 'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }  # fmt: skip
-
+_cfg = partial(model_cfg, crop_pct=0.9, fixed_input_size=True, first_conv='patch_embed.proj.conv', classifier='head')
 
 default_cfgs = generate_default_cfgs({f'ceit_{size}_mrla': _cfg() for size in ('tiny', 'small', 'base')})
 

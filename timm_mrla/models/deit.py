@@ -6,10 +6,8 @@ Papers:
 """
 
 from functools import partial
-from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import VisionTransformer, VisionTransformerDistilled, generate_default_cfgs
 from timm.models.vision_transformer import Block
@@ -17,7 +15,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
-from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
 from timm_mrla.models._transformer import LayerAttentionTransformer
 
 __all__ = ['MrlaVisionTransformer', 'MrlaVisionTransformerDistilled']
@@ -100,17 +98,7 @@ def _create_deit(variant: str, pretrained: bool = False, distilled: bool = False
     )
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
-        'crop_pct': 0.9, 'interpolation': 'bicubic', 'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }  # fmt: skip
-
+_cfg = partial(model_cfg, crop_pct=0.9, fixed_input_size=True, first_conv='patch_embed.proj', classifier='head')
 
 _sizes = ('tiny', 'small', 'base')
 default_cfgs = generate_default_cfgs(

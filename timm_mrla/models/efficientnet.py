@@ -7,10 +7,8 @@ Papers:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
 from timm.models import EfficientNet, efficientnet, generate_default_cfgs
 from timm.models._efficientnet_blocks import InvertedResidual  # the block; not exported
@@ -18,7 +16,7 @@ from timm.models._efficientnet_builder import efficientnet_init_weights  # the i
 from torch import nn
 
 from timm_mrla.layers import MrlaLight
-from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
 from timm_mrla.models._graft import graft, like
 
 __all__ = ['MrlaInvertedResidual']
@@ -73,17 +71,7 @@ def _create_efficientnet(
     )
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem', 'classifier': 'classifier',
-        'license': 'apache-2.0',
-        **kwargs,
-    }  # fmt: skip
-
+_cfg = partial(model_cfg, pool_size=(7, 7), crop_pct=0.875, first_conv='conv_stem', classifier='classifier')
 
 default_cfgs = generate_default_cfgs({
     'efficientnet_b0_mrla': _cfg(),

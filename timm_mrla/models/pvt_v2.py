@@ -9,18 +9,17 @@ The paper's authors released no PVTv2: this is layer attention as in their DeiT,
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
-from timm.models import PyramidVisionTransformerV2, checkpoint, generate_default_cfgs, pvt_v2
+from timm.models import PyramidVisionTransformerV2, generate_default_cfgs, pvt_v2
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 from timm.models.pvt_v2 import checkpoint_filter_fn as pvt_checkpoint_filter_fn
 from torch import nn
 
 from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
-from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._block import run_block
+from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
 from timm_mrla.models._graft import graft, like
 
 __all__ = ['MrlaPvtBlock', 'MrlaPvtStage']
@@ -43,11 +42,7 @@ class MrlaPvtStage(PyramidVisionTransformerStage):
         x = x.reshape(B, -1, C)
         memory = []
         for block in self.blocks:
-            if self.grad_checkpointing:
-                # the reentrant form passes no gradient to the tensors of a list
-                x, memory = checkpoint(block, x, (H, W), memory, use_reentrant=False)
-            else:
-                x, memory = block(x, (H, W), memory)
+            x, memory = run_block(block, x, (H, W), memory, grad_checkpointing=self.grad_checkpointing)
         return self.norm(x).reshape(B, H, W, C).permute(0, 3, 1, 2).contiguous()
 
 
@@ -84,17 +79,7 @@ def _create_pvt(
     )
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.9, 'interpolation': 'bicubic', 'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }  # fmt: skip
-
+_cfg = partial(model_cfg, pool_size=(7, 7), crop_pct=0.9, first_conv='patch_embed.proj', classifier='head')
 
 default_cfgs = generate_default_cfgs({
     **{f'pvt_v2_b{i}_mrla': _cfg() for i in range(6)},

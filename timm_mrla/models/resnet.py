@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import BasicBlock, Bottleneck, ResNet, checkpoint, generate_default_cfgs
+from timm.models import BasicBlock, Bottleneck, ResNet, generate_default_cfgs
 from torch import nn
 
 from timm_mrla.layers import Memory, MrlaBase, MrlaLight
-from timm_mrla.models._builder import build_mrla, convert_state_dict, register_model
+from timm_mrla.models._block import run_block
+from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
 
 __all__ = ['MrlaResNet']
 
@@ -23,7 +23,7 @@ __all__ = ['MrlaResNet']
 class _MrlaBlock:
     """A residual block followed by layer attention: `x, memory = block(x, memory)`.
 
-    timm's blocks keep their shortcut to themselves, and layer attention reads it: a subclass gives the residual alone.
+    timm's blocks keep their shortcut to themselves, and layer attention reads it: hence the forward passes below.
     """
 
     def __init__(
@@ -98,11 +98,7 @@ class MrlaStage(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         memory = []
         for block in self:
-            if self.grad_checkpointing:
-                # the reentrant form passes no gradient to the tensors of a list
-                x, memory = checkpoint(block, x, memory, use_reentrant=False)
-            else:
-                x, memory = block(x, memory)
+            x, memory = run_block(block, x, memory, grad_checkpointing=self.grad_checkpointing)
         return x
 
 
@@ -153,17 +149,9 @@ def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> MrlaResN
     return build_mrla(MrlaResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc',
-        'license': 'apache-2.0',
-        **kwargs,
-    }  # fmt: skip
-
+_cfg = partial(
+    model_cfg, pool_size=(7, 7), crop_pct=0.875, interpolation='bilinear', first_conv='conv1', classifier='fc'
+)
 
 _depths = (18, 34, 50, 101, 152)
 default_cfgs = generate_default_cfgs(
