@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
 
+FAMILIES = ('resnet', 'deit', 'ceit', 'efficientnet', 'pvt_v2')
 DEEP_STEM = {'stem_type': 'deep', 'stem_width': 32}
 
 
@@ -35,7 +36,12 @@ class Without(nn.Module):
         return x, args[-1]
 
 
-def costs(name: str, input_size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
+def input_size(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of an entry's own input."""
+    return get_pretrained_cfg(name).input_size
+
+
+def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
     """Parameters and MACs of a model of timm's registry, on the meta device; plain drops layer attention."""
     model = timm.create_model(name, device='meta', **kwargs).eval()
     if plain:
@@ -43,29 +49,27 @@ def costs(name: str, input_size: tuple[int, int, int], plain: bool = False, **kw
             if hasattr(module, 'mrla'):
                 module.mrla = Without()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *input_size, device='meta'))
+        model(torch.empty(1, *size, device='meta'))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
 def main() -> None:
     """Print the table."""
     print(f'timm-mrla {timm_mrla.__version__}, timm {timm.__version__}, torch {torch.__version__}\n')
-    print(
-        '| model | input | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | added params | added MACs |'
-    )
-    print('|---|---|---|---|---|---|---|---|---|')
-    family = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models('*_mrla*')}
-    for name in sorted(family, key=lambda name: -list(family.values()).count(family[name])):
-        input_size = get_pretrained_cfg(name).input_size
-        params, macs = costs(name, input_size)
-        plain, kwargs = backbone(name)
-        plain_params, plain_macs = costs(plain, input_size, plain=True, **kwargs)
-        label = 'CeiT' if plain == name else f'`{plain}`' + (', deep stem' if kwargs else '')
-        print(
-            f'| `{name}` | {input_size[-1]} | {params / 1e6:.2f} | {macs / 1e9:.3f} '
-            f'| {label} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} '
-            f'| {(params - plain_params) / 1e6:.3f} | {(macs - plain_macs) / 1e9:.3f} |'
-        )
+    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | weights |')
+    print('|---|---|---|---|---|---|---|')
+    for family in FAMILIES:
+        table = {name: costs(name, input_size(name)) for name in timm.list_models(f'{family}*_mrla*')}
+        for name in sorted(table, key=table.get):
+            plain, kwargs = backbone(name)
+            label = 'CeiT' if plain == name else f'`{plain}`' + (', deep stem' if kwargs else '')
+            params, macs = table[name]
+            plain_params, plain_macs = costs(plain, input_size(name), plain=True, **kwargs)
+            weights = ', '.join(timm.list_pretrained(f'{name}.*')) or 'none'
+            print(
+                f'| `{name}` | {params / 1e6:.2f} | {macs / 1e9:.3f} '
+                f'| {label} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} | {weights} |'
+            )
 
 
 if __name__ == '__main__':

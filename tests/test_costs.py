@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks.flops import backbone, costs
+from benchmarks.flops import backbone, costs, input_size
 from timm_mrla.layers import MrlaBase, MrlaLight
 
 
@@ -27,12 +27,11 @@ def test_what_mrla_adds(name):
     blocks = [m for m in model.modules() if isinstance(m, MrlaLight | MrlaBase)]
     for mrla in blocks:
         mrla.register_forward_hook(count)
-    input_size = model.pretrained_cfg['input_size']
-    model(torch.empty(1, *input_size, device='meta'))
+    model(torch.empty(1, *input_size(name), device='meta'))
     assert len(blocks) > 0
 
     plain, kwargs = backbone(name)
-    total, plain_total = costs(name, input_size), costs(plain, input_size, plain=True, **kwargs)
+    total, plain_total = costs(name, input_size(name)), costs(plain, input_size(name), plain=True, **kwargs)
     assert total[0] - plain_total[0] == params
     assert total[1] - plain_total[1] == macs
 
