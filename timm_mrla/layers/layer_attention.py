@@ -168,6 +168,6 @@ class MrlaBase(_LayerAttention):
         weights, k = self.attn(x, [key for key, _ in memory])
         memory = [*memory, (k, self.v(x))]
         m = self.per_channel(weights[..., 0]) * memory[0][1]
-        for s, (_, v) in enumerate(memory[1:], start=1):
+        for s, (_, v) in enumerate(memory[1:], 1):
             m = torch.addcmul(m, self.per_channel(weights[..., s]), v)
         return m, memory
