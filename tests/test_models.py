@@ -361,6 +361,13 @@ def test_grids_of_any_size(name):
     assert padded.forward_intermediates(images(50, 70), 1)[1][0].shape[-2:] == (4, 5)
 
 
+def test_ceit_keeps_its_patch_size():
+    model = create('ceit_tiny_mrla')
+    model.set_input_size(img_size=(64, 64), patch_size=16)
+    with pytest.raises(ValueError, match='patch_size 8'):
+        model.set_input_size(patch_size=8)
+
+
 @deits
 def test_transposed_grid_is_not_the_same_grid(name):
     """As many patches in another shape give another function: the grid is the true one, not a guess."""

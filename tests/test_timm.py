@@ -40,8 +40,8 @@ LEFT_OUT = {
     'test_model_features_pretrained',
     'test_model_inference',
 }
-# CeiT's name is not among those that timm knows to give tokens: its configuration test asks for maps of four dimensions.
-# Nor is its module among those whose forward_intermediates timm tests, which is done in test_models.py.
+# timm does not know CeiT's name among those that have tokens, so that its configuration test asks for maps; nor CeiT's
+# module among those whose forward_intermediates it tests. test_models.py tests both.
 LEFT_OUT_OF = {'ceit': {'test_model_default_cfgs'}}
 
 

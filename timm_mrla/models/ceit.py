@@ -9,11 +9,12 @@ vision transformer.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.layers import LayerNorm, PatchEmbed, trunc_normal_
+from timm.layers import LayerNorm, PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import VisionTransformer, generate_default_cfgs
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
@@ -57,12 +58,24 @@ class ImageToTokens(PatchEmbed):
         super().__init__(
             *args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, bias=bias, **kwargs, **dd
         )
-        self.proj = nn.Sequential()
-        self.proj.add_module('conv', nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False, **dd))
-        self.proj.add_module('bn', nn.BatchNorm2d(stem_width, **dd))
-        self.proj.add_module('pool', nn.MaxPool2d(3, stride=2, padding=1))
-        patch_size //= 4
-        self.proj.add_module('proj', nn.Conv2d(stem_width, embed_dim, patch_size, stride=patch_size, bias=bias, **dd))
+        kernel_size = patch_size // 4
+        layers = {
+            'conv': nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False, **dd),
+            'bn': nn.BatchNorm2d(stem_width, **dd),
+            'pool': nn.MaxPool2d(3, stride=2, padding=1),
+            'proj': nn.Conv2d(stem_width, embed_dim, kernel_size, stride=kernel_size, bias=bias, **dd),
+        }
+        self.proj = nn.Sequential(OrderedDict(layers))
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image size. The patch size stays: timm resamples patch projections, and this one is more."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f'patch_size {patch_size}: CeiT cannot change its {self.patch_size}, build another model')
+        super().set_input_size(img_size=img_size)
 
 
 class LeFF(nn.Module):
