@@ -40,8 +40,8 @@ LEFT_OUT = {
     'test_model_features_pretrained',
     'test_model_inference',
 }
-# timm does not know CeiT's name among those that have tokens, so that its configuration test asks for maps; nor CeiT's
-# module among those whose forward_intermediates it tests. test_models.py tests both.
+# timm does not know CeiT's name among those that have tokens, so that the configuration test asks it for maps; nor its
+# module among those that have forward_intermediates. test_ceit runs what timm would run on it if it did.
 LEFT_OUT_OF = {'ceit': {'test_model_default_cfgs'}}
 
 
@@ -53,19 +53,9 @@ def timms_tests():
         tmp = cache.with_name(f'{cache.name}.{os.getpid()}')
         tmp.mkdir(parents=True)
         try:
-            pip = [
-                sys.executable,
-                '-m',
-                'pip',
-                'download',
-                '--quiet',
-                '--no-deps',
-                '--no-binary',
-                ':all:',
-                '--dest',
-                tmp,
-            ]
-            result = subprocess.run([*pip, f'timm=={timm.__version__}'], capture_output=True, text=True)
+            pip = f'-m pip download --quiet --no-deps --no-binary :all: timm=={timm.__version__}'
+            command = [sys.executable, *pip.split()]
+            result = subprocess.run(command, cwd=tmp, capture_output=True, text=True)
             if result.returncode:
                 reason = f"timm's tests cannot be downloaded from PyPI: {result.stderr.strip().splitlines()[-1]}"
                 (pytest.fail if os.environ.get('CI') == 'true' else pytest.skip)(reason)
@@ -129,6 +119,18 @@ def problems(folder, names, tmp_path):
 
 def test_small_entries(timms_tests, tmp_path):
     assert problems(timms_tests, SMALL, tmp_path) == []
+
+
+def test_ceit(timms_tests):
+    code = """
+import timm_mrla
+from tests import test_models
+test_models.test_model_default_cfgs_non_std('ceit_tiny_mrla', 1, 'meta')
+test_models.test_model_forward_intermediates('ceit_tiny_mrla', 1)
+test_models.test_model_forward_intermediates_features('ceit_tiny_mrla', 1)
+"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=timms_tests, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.timm_full
