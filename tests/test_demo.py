@@ -52,3 +52,19 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path):
     (line,) = result.stderr.splitlines()
     assert message in line
     assert [p.name for p in tmp_path.rglob('*')] == ['taken']
+
+
+@pytest.mark.parametrize('module', ['sklearn', 'tqdm'])
+def test_a_missing_extra_is_named(module, tmp_path):
+    code = f"""
+import sys
+sys.modules[{module!r}] = None  # as if it were not installed
+sys.argv = ['timm-mrla', 'demo']
+from timm_mrla.cli import main
+main()
+"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert f'needs {module}' in line
+    assert "pip install 'timm-mrla[demo]'" in line

@@ -30,11 +30,13 @@ def main() -> None:
 
         launch(args.script, args.args)
     else:
-        from timm_mrla.demo import test_digits, train_digits
-
+        try:
+            from timm_mrla.demo import test_digits, train_digits
+        except ModuleNotFoundError as e:
+            parser.exit(2, f"timm-mrla: the demo needs {e.name}: pip install 'timm-mrla[demo]'\n")
         try:
             accuracy = train_digits(args.model, args.out, args.epochs)
-        except (ValueError, FileExistsError, ModuleNotFoundError) as e:
+        except (ValueError, FileExistsError) as e:
             parser.exit(2, f'timm-mrla: {e}\n')
         name = f'local-dir:{args.out}'
         print(f"""

@@ -7,11 +7,14 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import get_pretrained_cfg, save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
+from tqdm import trange
 
 import timm_mrla.models  # noqa: F401  registers
 
@@ -29,11 +32,6 @@ _DATA_CONFIG = {
 
 def _load_digits() -> list[torch.Tensor]:
     """The 1,797 scans of scikit-learn: train and test images [N, 1, 32, 32], train and test labels [N]."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("the demo needs scikit-learn: pip install 'timm-mrla[demo]'") from e
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     images = F.interpolate(images, size=_DATA_CONFIG['input_size'][1:], mode='bilinear')
@@ -48,14 +46,13 @@ def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> f
     return (model(images).argmax(1) == labels).float().mean().item()
 
 
-def train_digits(model_name: str, out: str, epochs: int, batch_size: int = 32) -> float:
+def train_digits(model_name: str, out: str, epochs: int) -> float:
     """Train a model on 80 % of the digits and write it to a folder that `timm.create_model('local-dir:...')` loads.
 
     Args:
         model_name: A model of timm's registry.
         out: The folder, which must not exist yet.
         epochs: Epochs of training.
-        batch_size: Images in a batch.
 
     Returns:
         The accuracy on the other 20 %, in [0, 1].
@@ -63,7 +60,6 @@ def train_digits(model_name: str, out: str, epochs: int, batch_size: int = 32) -
     Raises:
         ValueError: There is no such model, or less than one epoch is asked for.
         FileExistsError: The folder exists.
-        ModuleNotFoundError: scikit-learn or tqdm is missing.
     """
     if not timm.is_model(model_name):
         raise ValueError(
@@ -75,7 +71,6 @@ def train_digits(model_name: str, out: str, epochs: int, batch_size: int = 32) -
     if out.exists():
         raise FileExistsError(f'{str(out)!r} exists; remove it or name another folder')
     x_train, x_test, y_train, y_test = _load_digits()
-    from tqdm import trange
 
     torch.manual_seed(0)
     # tokens of 8x8 pixels: 16x16 would leave four of them
@@ -89,7 +84,7 @@ def train_digits(model_name: str, out: str, epochs: int, batch_size: int = 32) -
     for epoch in progress:
         model.train()
         scheduler.step(epoch)
-        for batch in torch.randperm(len(x_train)).split(batch_size):
+        for batch in torch.randperm(len(x_train)).split(32):
             loss = loss_fn(model(x_train[batch]), y_train[batch])
             optimizer.zero_grad()
             loss.backward()
