@@ -1,14 +1,26 @@
-"""What timm's vision transformer lacks for layer attention: a loop over the blocks that hands on grid and memory."""
+"""What transformers share: layer attention in the form of the paper's DeiT, and a loop that hands on its memory."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices  # how timm reads `indices`; not exported
+from torch import nn
 
+from timm_mrla.layers import MrlaBaseTokens, MrlaLightTokens
 from timm_mrla.models._block import run_block
 
-__all__ = ['LayerAttentionTransformer']
+__all__ = ['LayerAttentionTransformer', 'base_tokens', 'light_tokens']
+
+
+def light_tokens(dim: int, norm_layer: Callable[..., nn.Module], **kwargs) -> MrlaLightTokens:
+    """MRLA-light as the paper's DeiT has it, for tokens of width dim, with norm_layer for what it reads."""
+    return MrlaLightTokens(dim, dim_head=16, norm_x=norm_layer, norm_o=norm_layer, act_v=nn.GELU, **kwargs)
+
+
+def base_tokens(dim: int, norm_layer: Callable[..., nn.Module], **kwargs) -> MrlaBaseTokens:
+    """MRLA-base as the paper's DeiT has it, for tokens of width dim, with norm_layer for what it reads."""
+    return MrlaBaseTokens(dim, dim_head=16, norm_x=norm_layer, **kwargs)
 
 
 class LayerAttentionTransformer:

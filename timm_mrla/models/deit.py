@@ -14,9 +14,9 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
+from timm_mrla.layers import Memory
 from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
-from timm_mrla.models._transformer import LayerAttentionTransformer
+from timm_mrla.models._transformer import LayerAttentionTransformer, base_tokens, light_tokens
 
 __all__ = ['MrlaVisionTransformer', 'MrlaVisionTransformerDistilled']
 
@@ -110,72 +110,64 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _light(dim: int, norm_layer: type[nn.Module], **kwargs) -> MrlaLightTokens:
-    return MrlaLightTokens(dim, dim_head=16, norm_x=norm_layer, norm_o=norm_layer, act_v=nn.GELU, **kwargs)
-
-
-def _base(dim: int, norm_layer: type[nn.Module], **kwargs) -> MrlaBaseTokens:
-    return MrlaBaseTokens(dim, dim_head=16, norm_x=norm_layer, **kwargs)
-
-
 @register_model
 def deit_tiny_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
     """DeiT-tiny with MRLA-light."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=_light)
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=light_tokens)
     return _create_deit('deit_tiny_mrla', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_small_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
     """DeiT-small with MRLA-light."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=_light)
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=light_tokens)
     return _create_deit('deit_small_mrla', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_base_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
     """DeiT-base with MRLA-light."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=_light)
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=light_tokens)
     return _create_deit('deit_base_mrla', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_tiny_mrlab(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
     """DeiT-tiny with MRLA-base."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=_base, mrla_stage_depth=4)
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=base_tokens, mrla_stage_depth=4)
     return _create_deit('deit_tiny_mrlab', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_small_mrlab(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
     """DeiT-small with MRLA-base."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=_base, mrla_stage_depth=4)
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=base_tokens, mrla_stage_depth=4)
     return _create_deit('deit_small_mrlab', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_base_mrlab(pretrained: bool = False, **kwargs) -> MrlaVisionTransformer:
     """DeiT-base with MRLA-base."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=_base, mrla_stage_depth=4)
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=base_tokens, mrla_stage_depth=4)
     return _create_deit('deit_base_mrlab', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_tiny_distilled_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformerDistilled:
     """Distilled DeiT-tiny with MRLA-light."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=_light)
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, mrla_layer=light_tokens)
     return _create_deit('deit_tiny_distilled_mrla', pretrained, distilled=True, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_small_distilled_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformerDistilled:
     """Distilled DeiT-small with MRLA-light."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=_light)
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, mrla_layer=light_tokens)
     return _create_deit('deit_small_distilled_mrla', pretrained, distilled=True, **dict(model_args, **kwargs))
 
 
 @register_model
 def deit_base_distilled_mrla(pretrained: bool = False, **kwargs) -> MrlaVisionTransformerDistilled:
     """Distilled DeiT-base with MRLA-light."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=_light)
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, mrla_layer=light_tokens)
     return _create_deit('deit_base_distilled_mrla', pretrained, distilled=True, **dict(model_args, **kwargs))

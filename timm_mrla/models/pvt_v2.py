@@ -17,10 +17,11 @@ from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 from timm.models.pvt_v2 import checkpoint_filter_fn as pvt_checkpoint_filter_fn
 from torch import nn
 
-from timm_mrla.layers import Memory, MrlaBaseTokens, MrlaLightTokens
+from timm_mrla.layers import Memory
 from timm_mrla.models._block import run_block
 from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
 from timm_mrla.models._graft import graft, like
+from timm_mrla.models._transformer import base_tokens, light_tokens
 
 __all__ = ['MrlaPvtBlock', 'MrlaPvtStage']
 
@@ -87,57 +88,49 @@ default_cfgs = generate_default_cfgs({
 })  # fmt: skip
 
 
-def _light(dim: int, norm_layer: Callable[..., nn.Module], **kwargs) -> MrlaLightTokens:
-    return MrlaLightTokens(dim, dim_head=16, norm_x=norm_layer, norm_o=norm_layer, act_v=nn.GELU, **kwargs)
-
-
-def _base(dim: int, norm_layer: Callable[..., nn.Module], **kwargs) -> MrlaBaseTokens:
-    return MrlaBaseTokens(dim, dim_head=16, norm_x=norm_layer, **kwargs)
-
-
 @register_model
 def pvt_v2_b0_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B0 with MRLA-light."""
-    return _create_pvt('pvt_v2_b0_mrla', pvt_v2.pvt_v2_b0, _light, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b0_mrla', pvt_v2.pvt_v2_b0, light_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b1_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B1 with MRLA-light."""
-    return _create_pvt('pvt_v2_b1_mrla', pvt_v2.pvt_v2_b1, _light, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b1_mrla', pvt_v2.pvt_v2_b1, light_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b2_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B2 with MRLA-light."""
-    return _create_pvt('pvt_v2_b2_mrla', pvt_v2.pvt_v2_b2, _light, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b2_mrla', pvt_v2.pvt_v2_b2, light_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b3_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B3 with MRLA-light."""
-    return _create_pvt('pvt_v2_b3_mrla', pvt_v2.pvt_v2_b3, _light, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b3_mrla', pvt_v2.pvt_v2_b3, light_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b4_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B4 with MRLA-light."""
-    return _create_pvt('pvt_v2_b4_mrla', pvt_v2.pvt_v2_b4, _light, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b4_mrla', pvt_v2.pvt_v2_b4, light_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b5_mrla(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B5 with MRLA-light."""
-    return _create_pvt('pvt_v2_b5_mrla', pvt_v2.pvt_v2_b5, _light, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b5_mrla', pvt_v2.pvt_v2_b5, light_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b0_mrlab(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B0 with MRLA-base."""
-    return _create_pvt('pvt_v2_b0_mrlab', pvt_v2.pvt_v2_b0, _base, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b0_mrlab', pvt_v2.pvt_v2_b0, base_tokens, pretrained, **kwargs)
 
 
 @register_model
 def pvt_v2_b1_mrlab(pretrained: bool = False, **kwargs) -> PyramidVisionTransformerV2:
     """PVTv2-B1 with MRLA-base."""
-    return _create_pvt('pvt_v2_b1_mrlab', pvt_v2.pvt_v2_b1, _base, pretrained, **kwargs)
+    return _create_pvt('pvt_v2_b1_mrlab', pvt_v2.pvt_v2_b1, base_tokens, pretrained, **kwargs)
