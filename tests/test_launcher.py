@@ -149,13 +149,17 @@ def test_torchrun(tmp_path):
         tmp_path,
         """
 import sys, timm, torch, torch.distributed as dist
+
+def train():
+    model = torch.nn.parallel.DistributedDataParallel(timm.create_model('resnet18_mrla', num_classes=sys.argv.count('x')))
+    torch.manual_seed(dist.get_rank())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    grad = model.module.fc.weight.grad.clone()
+    dist.all_reduce(grad, op=dist.ReduceOp.MAX)
+    print(sys.path[0], __name__, torch.equal(grad, model.module.fc.weight.grad), flush=True)
+
 dist.init_process_group('gloo')
-model = torch.nn.parallel.DistributedDataParallel(timm.create_model('resnet18_mrla', num_classes=sys.argv.count('x')))
-torch.manual_seed(dist.get_rank())
-model(torch.randn(2, 3, 32, 32)).sum().backward()
-grad = model.module.fc.weight.grad.clone()
-dist.all_reduce(grad, op=dist.ReduceOp.MAX)
-print(sys.path[0], __name__, torch.equal(grad, model.module.fc.weight.grad), flush=True)
+train()  # a function, so that the model is gone before the group that it uses
 dist.destroy_process_group()
 """,
     )
