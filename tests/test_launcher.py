@@ -151,7 +151,8 @@ def test_torchrun(tmp_path):
 import sys, timm, torch, torch.distributed as dist
 
 def train():
-    model = torch.nn.parallel.DistributedDataParallel(timm.create_model('resnet18_mrla', num_classes=sys.argv.count('x')))
+    model = timm.create_model('resnet18_mrla', num_classes=sys.argv.count('x'))
+    model = torch.nn.parallel.DistributedDataParallel(model)
     torch.manual_seed(dist.get_rank())
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     grad = model.module.fc.weight.grad.clone()
