@@ -257,9 +257,10 @@ class Ceit(LayerAttentionTransformer, VisionTransformer):
     ) -> list[int]:
         """timm's method of this name; the attention over layers goes with the head that reads it."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.pos_layer_embed = nn.Parameter(self.pos_layer_embed[:, : len(self.blocks)].detach())
         if prune_head:
             self.lca = self.pos_layer_embed = None
+        else:
+            self.pos_layer_embed = nn.Parameter(self.pos_layer_embed[:, : len(self.blocks)].detach())
         return taken
 
     def forward_blocks(
@@ -271,6 +272,8 @@ class Ceit(LayerAttentionTransformer, VisionTransformer):
         *args,
     ) -> torch.Tensor:
         """Run the first blocks, then the attention of the last class token over all blocks' class tokens."""
+        if self.lca is None:
+            return super().forward_blocks(x, feat_size, num_blocks, take, *args)
         tokens = []
 
         def take_token(i: int, y: torch.Tensor) -> None:
@@ -278,8 +281,6 @@ class Ceit(LayerAttentionTransformer, VisionTransformer):
             take(i, y)
 
         x = super().forward_blocks(x, feat_size, num_blocks, take_token, *args)
-        if self.lca is None:
-            return x
         last = self.lca(torch.cat(tokens, dim=1) + self.pos_layer_embed[:, :num_blocks])
         return torch.cat([last, x[:, 1:]], dim=1)
 
