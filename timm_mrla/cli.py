@@ -1,7 +1,69 @@
-"""The command line: `timm-mrla COMMAND`, the same as `python -m timm_mrla COMMAND`."""
+"""The command line: `timm-mrla COMMAND`, the same as `python -m timm_mrla COMMAND`.
+
+timm is imported only once a command is known: `run` lets the script's folder come first.
+"""
 
 import argparse
+import ast
 import os
+
+
+def _argument(text: str) -> tuple[str, object]:
+    """`name=value`, the value a Python literal or else a string."""
+    name, equals, value = text.partition('=')
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f'{text!r} is not name=value')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _demo(args: argparse.Namespace) -> None:
+    try:
+        from timm_mrla.demo import test_digits, train_digits
+    except ModuleNotFoundError as e:
+        raise ValueError(f"the demo needs {e.name}: pip install 'timm-mrla[demo]'") from e
+    accuracy = train_digits(args.model, args.out, args.epochs)
+    name = f'local-dir:{args.out}'
+    print(f"""
+test accuracy:                                {accuracy:.2%}
+of timm.create_model('{name}'): {test_digits(name):.2%}
+
+On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with timm's train.py:
+  timm-mrla run train.py DATA --model {args.model} --num-classes N --amp --channels-last""")
+
+
+def _metadata(args: argparse.Namespace) -> dict[str, object]:
+    """Arguments of `model_card`."""
+    metrics = dict(args.metric)
+    return dict(license=args.license, datasets=args.dataset, base_model=args.base_model, metrics=metrics)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from timm_mrla.hub import check_new, load_checkpoint, model_card, save_pretrained
+
+    check_new(args.out)
+    model = load_checkpoint(args.checkpoint, args.model, **dict(args.model_kwargs))
+    name = f'local-dir:{args.out}'
+    save_pretrained(model, args.out, model_card(model, name, **_metadata(args)))
+    print(f"{args.model} with {model.num_classes} classes: timm.create_model('{name}', pretrained=True)")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from timm_mrla.hub import load_checkpoint, load_folder, model_card, push_to_hub
+
+    metadata, card = _metadata(args), None
+    if os.path.isdir(args.source):
+        model, card = load_folder(args.source)
+        if card and any(metadata.values()):
+            raise ValueError(f'{args.source!r} has a model card, README.md: write its licence, data and results there')
+    elif args.model:
+        model = load_checkpoint(args.source, args.model, **dict(args.model_kwargs))
+    else:
+        raise ValueError(f'{args.source!r} is no folder; for a checkpoint, say what it is of: --model NAME')
+    card = card or model_card(model, f'hf-hub:{args.repo}', **metadata)
+    print(push_to_hub(model, args.repo, card, private=args.private))
 
 
 def main() -> None:
@@ -17,6 +79,41 @@ def main() -> None:
     demo.add_argument('--model', default='resnet18_mrla', help='name of the model (default: %(default)s)')
     demo.add_argument('--out', default='mrla-digits', help='folder to write the model to (default: %(default)s)')
     demo.add_argument('--epochs', type=int, default=12, help='epochs of training (default: %(default)s)')
+    demo.set_defaults(fn=_demo)
+
+    card = argparse.ArgumentParser(add_help=False)
+    card.add_argument(
+        '--model-kwargs',
+        type=_argument,
+        nargs='*',
+        default=[],
+        metavar='NAME=VALUE',
+        help='arguments that the model was trained with, such as img_size=384',
+    )
+    card.add_argument('--license', help='licence of the weights, for the model card: apache-2.0, ...')
+    card.add_argument('--dataset', nargs='*', metavar='NAME', help='what it was trained on: imagenet-1k, ...')
+    card.add_argument('--base-model', metavar='USER/REPO', help='the model that it was trained from')
+    card.add_argument(
+        '--metric',
+        type=_argument,
+        nargs='*',
+        default=[],
+        metavar='NAME=VALUE',
+        help='results on the first data set, such as accuracy=0.792',
+    )
+
+    convert = commands.add_parser('convert', parents=[card], help='make a folder that timm loads from a checkpoint')
+    convert.add_argument('checkpoint', help="what a training script wrote, timm's or the paper's authors'")
+    convert.add_argument('--model', required=True, help='name of the model: resnet50_mrla, ...')
+    convert.add_argument('--out', required=True, help='folder to write config.json, model.safetensors and README.md to')
+    convert.set_defaults(fn=_convert)
+
+    push = commands.add_parser('push', parents=[card], help='publish a model on the Hugging Face Hub')
+    push.add_argument('source', metavar='DIR_OR_CHECKPOINT', help='folder of a model, or what a training script wrote')
+    push.add_argument('repo', metavar='USER/REPO', help='repository, made if there is none')
+    push.add_argument('--model', help='name of the model, for a checkpoint: resnet50_mrla, ...')
+    push.add_argument('--private', action='store_true', default=None, help='make a new repository a private one')
+    push.set_defaults(fn=_push)
 
     args = parser.parse_args()
     if args.command == 'run':
@@ -29,19 +126,8 @@ def main() -> None:
         from timm_mrla.launcher import launch
 
         launch(args.script, args.args)
-    else:
-        try:
-            from timm_mrla.demo import test_digits, train_digits
-        except ModuleNotFoundError as e:
-            parser.exit(2, f"timm-mrla: the demo needs {e.name}: pip install 'timm-mrla[demo]'\n")
-        try:
-            accuracy = train_digits(args.model, args.out, args.epochs)
-        except (ValueError, FileExistsError) as e:
-            parser.exit(2, f'timm-mrla: {e}\n')
-        name = f'local-dir:{args.out}'
-        print(f"""
-test accuracy:                                {accuracy:.2%}
-of timm.create_model('{name}'): {test_digits(name):.2%}
-
-On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with timm's train.py:
-  timm-mrla run train.py DATA --model {args.model} --num-classes N --amp --channels-last""")
+        return
+    try:
+        args.fn(args)
+    except (ValueError, RuntimeError, OSError) as e:
+        parser.exit(2, f'timm-mrla: {" ".join(str(e).split())}\n')

@@ -1,22 +1,18 @@
 """Handwritten digits: trains a model on them with timm's own functions, and tests what timm loads back."""
 
-import os
-import tempfile
-from pathlib import Path
-
 import timm
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.loss import LabelSmoothingCrossEntropy
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import trange
 
-import timm_mrla.models  # noqa: F401  registers
+from timm_mrla.hub import check_new, save_pretrained
 
 __all__ = ['test_digits', 'train_digits']
 
@@ -67,9 +63,7 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
         )
     if epochs < 1:
         raise ValueError(f'{epochs} epochs are less than 1')
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f'{str(out)!r} exists; remove it or name another folder')
+    check_new(out)
     x_train, x_test, y_train, y_test = _load_digits()
 
     torch.manual_seed(0)
@@ -92,10 +86,7 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
         accuracy = _accuracy(model, x_test, y_test)
         progress.set_postfix(loss=f'{loss.item():.3f}', accuracy=f'{accuracy:.1%}')
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
-        save_for_hf(model, os.path.join(tmp, 'model'), safe_serialization=True, data_config=_DATA_CONFIG)
-        os.rename(os.path.join(tmp, 'model'), out)
+    save_pretrained(model, out, data_config=_DATA_CONFIG)
     return accuracy
 
 

@@ -99,6 +99,10 @@ class _LayerAttention(nn.Module):
         self.act = act_layer() if act_layer else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
+    def gates(self) -> list[nn.Parameter]:
+        """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
+        return list(self.norm.parameters())
+
     def per_channel(self, weights: torch.Tensor) -> torch.Tensor:
         """[B, heads] -> [B, C, 1, 1]"""
         return weights.unsqueeze(-1).expand(-1, -1, self.attn.dim_head).flatten(1)[:, :, None, None]

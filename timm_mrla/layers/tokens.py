@@ -49,6 +49,10 @@ class _Tokens:
         self.norm_x = norm_x(dim, **dd)
         self.norm_o = norm_o(dim, **dd) if norm_o else nn.Identity()
 
+    def gates(self) -> list[nn.Parameter]:
+        """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
+        return list(self.norm_x.parameters())
+
     def forward(
         self,
         x: torch.Tensor,
@@ -74,6 +78,10 @@ class _Tokens:
 
 class MrlaLightTokens(_Tokens, MrlaLight):
     """MRLA-light on tokens."""
+
+    def gates(self) -> list[nn.Parameter]:
+        """As above, with lam, through which the block's input passes."""
+        return [*super().gates(), self.lam]
 
 
 class MrlaBaseTokens(_Tokens, MrlaBase):

@@ -1,28 +1,19 @@
-"""What the families share: registration, configuration, construction, and the names of the authors' checkpoints."""
+"""What the families share: registration, configuration and construction."""
 
-import re
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, clean_state_dict, is_model
+from timm.models import PretrainedCfg, build_model_with_cfg, is_model, resolve_pretrained_cfg
 from timm.models import register_model as timm_register_model
 from torch import nn
 
-__all__ = ['build_mrla', 'convert_state_dict', 'model_cfg', 'register_model']
+from timm_mrla.models._weights import fit_state_dict, is_warm_start, source_of
 
-# the authors' names of what MRLA adds to a block, and ours
-_AUTHORS_NAMES = (
-    (r'\.bn_mrla\.', '.mrla.norm.'),
-    (r'\.norm_mrla\.', '.mrla.norm_x.'),
-    (r'\.mrla\.norm(x|o)\.', r'.mrla.norm_\1.'),
-    (r'\.mrla\.lambda_t$', '.mrla.lam'),
-    (r'\.(mrla|mla)\.W(q|k)\.', r'.attn.\2.'),
-    (r'\.(mrla|mla)\.Wv\.', '.v.'),
-    (r'\.(mrla|mla)\.bn_v\.', '.norm_v.'),
-)
+__all__ = ['build_mrla', 'model_cfg', 'register_model']
 
 
 def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -38,37 +29,48 @@ def model_cfg(**kwargs) -> dict[str, Any]:
         'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
-        'license': 'apache-2.0',
         **kwargs,
     }
 
 
-def build_mrla(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs) -> nn.Module:
-    """timm's `build_model_with_cfg`.
+def build_mrla(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_filter_fn: Callable[..., dict[str, torch.Tensor]],
+    pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, strict about weights.
 
     Raises:
         TypeError: An argument is unknown.
         ValueError: An argument has a bad value, also where timm asserts.
+        RuntimeError: The weights cannot be had or do not fit.
     """
+    # without a name, timm takes any failure of the network for a missing file, and asks for a pickle
+    overlay = {'hf_hub_filename': 'model.safetensors', **(pretrained_cfg_overlay or {})}
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+
+    def filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        return fit_state_dict(pretrained_filter_fn(state_dict, model), model, cfg)
+
     try:
-        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        model = build_model_with_cfg(
+            model_cls, variant, pretrained, pretrained_cfg=cfg, pretrained_filter_fn=filter_fn, **kwargs
+        )
     except AssertionError as e:
         reason = str(e) or traceback.extract_tb(e.__traceback__)[-1].line
         arguments = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if isinstance(v, int | float | str | tuple))
         raise ValueError(f'{variant} cannot be built with {arguments}: {reason}') from e
-
-
-def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give a checkpoint of the authors' code our names; our own passes unchanged.
-
-    Args:
-        state_dict: Parameters and buffers by name, bare or under `state_dict` or `model`, with or without the prefixes
-            of DistributedDataParallel and torch.compile.
-    """
-    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict.get('model', state_dict)))
-    out = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _AUTHORS_NAMES:
-            name = re.sub(pattern, replacement, name)
-        out[name] = tensor.flatten() if name.endswith('.mrla.lam') else tensor
-    return out
+    except (RuntimeError, OSError, SafetensorError) as e:
+        source = source_of(cfg)
+        if not pretrained or not source or source in str(e):
+            raise
+        raise RuntimeError(f'{variant} cannot be loaded from {source}: {e}') from e
+    if is_warm_start(cfg):
+        # what is trained from here and saved is no longer what these say
+        for key in ('tag', 'description', 'notes'):
+            model.pretrained_cfg.pop(key, None)
+    return model

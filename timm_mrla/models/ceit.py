@@ -21,8 +21,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from timm_mrla.layers import Memory, MrlaLightTokens, to_map, to_tokens
-from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
+from timm_mrla.models._builder import build_mrla, model_cfg, register_model
 from timm_mrla.models._transformer import LayerAttentionTransformer
+from timm_mrla.models._weights import convert_state_dict
 
 __all__ = ['Ceit']
 

@@ -5,6 +5,7 @@ Papers:
 * `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
 """
 
+import re
 from functools import partial
 
 import torch
@@ -15,8 +16,9 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from timm_mrla.layers import Memory
-from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
+from timm_mrla.models._builder import build_mrla, model_cfg, register_model
 from timm_mrla.models._transformer import LayerAttentionTransformer, base_tokens, light_tokens
+from timm_mrla.models._weights import convert_state_dict, warm_start_cfgs
 
 __all__ = ['MrlaVisionTransformer', 'MrlaVisionTransformerDistilled']
 
@@ -84,7 +86,10 @@ class MrlaVisionTransformerDistilled(_Mrla, VisionTransformerDistilled):
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Convert a checkpoint of the authors' code; resample patch and position embeddings as timm does."""
-    return vit_checkpoint_filter_fn(convert_state_dict(state_dict), model)
+    state_dict = vit_checkpoint_filter_fn(convert_state_dict(state_dict), model)
+    if isinstance(model.norm, nn.Identity):  # a model that pools its patches has its last norm after that
+        state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
+    return state_dict
 
 
 def _create_deit(variant: str, pretrained: bool = False, distilled: bool = False, **kwargs) -> nn.Module:
@@ -103,9 +108,14 @@ _cfg = partial(model_cfg, crop_pct=0.9, fixed_input_size=True, first_conv='patch
 _sizes = ('tiny', 'small', 'base')
 default_cfgs = generate_default_cfgs(
     {
-        **{f'deit_{size}_mrla': _cfg() for size in _sizes},
-        **{f'deit_{size}_mrlab': _cfg() for size in _sizes},
-        **{f'deit_{size}_distilled_mrla': _cfg(classifier=('head', 'head_dist')) for size in _sizes},
+        **warm_start_cfgs({f'deit_{size}_mrla': f'deit_{size}_patch16_224' for size in _sizes}, ['fb_in1k']),
+        **{f'deit_{size}_mrla.*': _cfg() for size in _sizes},
+        **warm_start_cfgs({f'deit_{size}_mrlab': f'deit_{size}_patch16_224' for size in _sizes}, ['fb_in1k']),
+        **{f'deit_{size}_mrlab.*': _cfg() for size in _sizes},
+        **warm_start_cfgs(
+            {f'deit_{size}_distilled_mrla': f'deit_{size}_distilled_patch16_224' for size in _sizes}, ['fb_in1k']
+        ),
+        **{f'deit_{size}_distilled_mrla.*': _cfg(classifier=('head', 'head_dist')) for size in _sizes},
     }
 )
 

@@ -10,14 +10,15 @@ from functools import partial
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import EfficientNet, efficientnet, generate_default_cfgs
+from timm.models import EfficientNet, EfficientNetFeatures, efficientnet, generate_default_cfgs
 from timm.models._efficientnet_blocks import InvertedResidual  # the block; not exported
 from timm.models._efficientnet_builder import efficientnet_init_weights  # the initialization; not exported
 from torch import nn
 
 from timm_mrla.layers import MrlaLight
-from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
+from timm_mrla.models._builder import build_mrla, model_cfg, register_model
 from timm_mrla.models._graft import graft, like
+from timm_mrla.models._weights import convert_state_dict, warm_start_cfgs
 
 __all__ = ['MrlaInvertedResidual']
 
@@ -50,8 +51,9 @@ def _mrla_efficientnet(stock: Callable[..., nn.Module], features_only: bool = Fa
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Convert a checkpoint of the authors' code."""
-    return convert_state_dict(state_dict)
+    """Convert a checkpoint of the authors' code; a feature extractor of timm's own has no head to load."""
+    head = ('conv_head.', 'bn2.', 'classifier.') if isinstance(model, EfficientNetFeatures) else ()
+    return {k: v for k, v in convert_state_dict(state_dict).items() if not k.startswith(head)}
 
 
 def _create_efficientnet(
@@ -66,7 +68,6 @@ def _create_efficientnet(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        pretrained_strict=not headless,
         **kwargs,
     )
 
@@ -74,9 +75,13 @@ def _create_efficientnet(
 _cfg = partial(model_cfg, pool_size=(7, 7), crop_pct=0.875, first_conv='conv_stem', classifier='classifier')
 
 default_cfgs = generate_default_cfgs({
-    'efficientnet_b0_mrla': _cfg(),
-    'efficientnet_b1_mrla': _cfg(input_size=(3, 240, 240), pool_size=(8, 8), crop_pct=0.882),
-    'efficientnet_b2_mrla': _cfg(input_size=(3, 260, 260), pool_size=(9, 9), crop_pct=0.89),
+    **warm_start_cfgs(
+        {f'efficientnet_b{i}_mrla': f'efficientnet_b{i}' for i in range(3)},
+        tags=('ra_in1k', 'ft_in1k', 'ra4_e3600_r224_in1k', 'ra4_e3600_r240_in1k'),
+    ),
+    'efficientnet_b0_mrla.*': _cfg(),
+    'efficientnet_b1_mrla.*': _cfg(input_size=(3, 240, 240), pool_size=(8, 8), crop_pct=0.882),
+    'efficientnet_b2_mrla.*': _cfg(input_size=(3, 260, 260), pool_size=(9, 9), crop_pct=0.89),
 })  # fmt: skip
 
 

@@ -19,9 +19,10 @@ from torch import nn
 
 from timm_mrla.layers import Memory
 from timm_mrla.models._block import run_block
-from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
+from timm_mrla.models._builder import build_mrla, model_cfg, register_model
 from timm_mrla.models._graft import graft, like
 from timm_mrla.models._transformer import base_tokens, light_tokens
+from timm_mrla.models._weights import convert_state_dict, warm_start_cfgs
 
 __all__ = ['MrlaPvtBlock', 'MrlaPvtStage']
 
@@ -83,8 +84,10 @@ def _create_pvt(
 _cfg = partial(model_cfg, pool_size=(7, 7), crop_pct=0.9, first_conv='patch_embed.proj', classifier='head')
 
 default_cfgs = generate_default_cfgs({
-    **{f'pvt_v2_b{i}_mrla': _cfg() for i in range(6)},
-    **{f'pvt_v2_b{i}_mrlab': _cfg() for i in range(2)},
+    **warm_start_cfgs({f'pvt_v2_b{i}_mrla': f'pvt_v2_b{i}' for i in range(6)}, ['in1k']),
+    **{f'pvt_v2_b{i}_mrla.*': _cfg() for i in range(6)},
+    **warm_start_cfgs({f'pvt_v2_b{i}_mrlab': f'pvt_v2_b{i}' for i in range(2)}, ['in1k']),
+    **{f'pvt_v2_b{i}_mrlab.*': _cfg() for i in range(2)},
 })  # fmt: skip
 
 

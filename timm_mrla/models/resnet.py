@@ -15,7 +15,8 @@ from torch import nn
 
 from timm_mrla.layers import Memory, MrlaBase, MrlaLight
 from timm_mrla.models._block import run_block
-from timm_mrla.models._builder import build_mrla, convert_state_dict, model_cfg, register_model
+from timm_mrla.models._builder import build_mrla, model_cfg, register_model
+from timm_mrla.models._weights import convert_state_dict, warm_start_cfgs
 
 __all__ = ['MrlaResNet']
 
@@ -156,7 +157,12 @@ _cfg = partial(
 _depths = (18, 34, 50, 101, 152)
 default_cfgs = generate_default_cfgs(
     {
-        **{f'resnet{depth}_mrla': _cfg() for depth in _depths},
+        # not for MRLA-base, whose ReLU after the norm passes no gradient where the norm is at zero
+        **warm_start_cfgs(
+            {f'resnet{depth}_mrla': f'resnet{depth}' for depth in _depths},
+            tags=('a1_in1k', 'a3_in1k', 'tv_in1k', 'tv2_in1k'),
+        ),
+        **{f'resnet{depth}_mrla.*': _cfg() for depth in _depths},
         **{f'resnet{depth}_mrlab': _cfg(first_conv='conv1.0') for depth in _depths},
     }
 )

@@ -1,0 +1,155 @@
+"""`timm-mrla convert`: checkpoints of the authors' scripts and of timm's become folders that timm loads."""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from test_parity import MODELS, reference
+
+from timm_mrla.cli import main
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys, tmp_path):
+    """The command, in an empty folder; returns its last line on stderr if it refuses."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*args):
+        monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'convert', *args])
+        before = {path.name for path in tmp_path.iterdir()}
+        try:
+            main()
+        except SystemExit as e:
+            assert e.code == 2
+            assert {path.name for path in tmp_path.iterdir()} == before
+            return capsys.readouterr().err.splitlines()[-1]
+        return None
+
+    return command
+
+
+def wrap(wrapper, state_dict):
+    """What a script of torch's, DeiT's or timm's writes; the averaged weights are the ones to take."""
+    ddp = {f'module.{k}': v for k, v in state_dict.items()}
+    stale = {k: torch.zeros_like(v) for k, v in ddp.items()}
+    beside = {'epoch': 99, 'arch': 'x', 'optimizer': {'state': {0: {'step': torch.tensor(1.0)}}, 'param_groups': []}}
+    return {
+        'bare': state_dict,
+        'torch': {'state_dict': ddp, 'best_acc1': torch.tensor(77.7), **beside},
+        'deit': {'model': stale, 'model_ema': ddp, 'args': argparse.Namespace(lr=0.1), **beside},
+        'timm': {'state_dict': stale, 'state_dict_ema': ddp, 'args': argparse.Namespace(lr=0.1), **beside},
+    }[wrapper]
+
+
+@pytest.mark.parametrize(
+    ('name', 'wrapper'), list(zip(MODELS, ['torch', 'torch', 'deit', 'timm', 'bare', 'deit', 'timm'], strict=True))
+)
+def test_checkpoints_of_the_authors(name, wrapper, convert):
+    _, state_dict, _ = reference(name)
+    entry, family = MODELS[name]
+    torch.save(wrap(wrapper, state_dict), 'checkpoint.pth')
+    assert convert('checkpoint.pth', '--model', entry, '--out', 'models/out') is None
+    assert os.listdir('models') == ['out']
+    assert sorted(os.listdir('models/out')) == ['README.md', 'config.json', 'model.safetensors']
+    model = timm.create_model('local-dir:models/out', pretrained=True)
+    for key, tensor in family.checkpoint_filter_fn(state_dict, model).items():
+        assert torch.equal(model.state_dict()[key], tensor)
+
+
+def test_the_command(tmp_path):
+    """With another number of classes and another size, as it stands in the README."""
+    model = timm.create_model('deit_tiny_mrla', num_classes=7, img_size=(64, 96), in_chans=1).eval()
+    torch.save(model.state_dict(), tmp_path / 'last.pth.tar')
+    command = [sys.executable, '-m', 'timm_mrla', 'convert', 'last.pth.tar', '--model', 'deit_tiny_mrla']
+    options = ['--out', 'out', '--model-kwargs', 'img_size=(64,96)', 'in_chans=1', '--license', 'mit']
+    result = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ("deit_tiny_mrla with 7 classes: timm.create_model('local-dir:out', pretrained=True)\n")
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['requires'] == ['timm_mrla']
+    assert ModelCard.load(tmp_path / 'out' / 'README.md').data.license == 'mit'
+    x = torch.randn(1, 1, 64, 96)
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/out', pretrained=True).eval()(x), model(x))
+
+
+def test_no_licence_is_claimed_that_nobody_gave(convert):
+    torch.save(timm.create_model('resnet18_mrla').state_dict(), 'last.pth')
+    assert convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out') is None
+    assert ModelCard.load('out/README.md').data.license is None
+    assert 'license' not in json.loads(Path('out/config.json').read_text())['pretrained_cfg']
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(convert):
+    state_dict = timm.create_model('resnet18_mrla').state_dict()
+    torch.save(state_dict, 'resnet18.pth')
+    lam = state_dict.pop('layer1.0.mrla.lam')
+    torch.save({**state_dict, 'layer1.0.mrla.lam': lam[:3], 'lost': lam}, 'odd.pth')
+    torch.save(timm.create_model('deit_tiny_mrla', img_size=64).state_dict(), 'deit64.pth')
+    torch.save(timm.create_model('resnet18').state_dict(), 'plain.pth')
+
+    message = convert('odd.pth', '--model', 'resnet18_mrla', '--out', 'out')
+    assert message == (
+        "timm-mrla: 'odd.pth' does not fit: the model has no lost; "
+        'its layer1.0.mrla.lam is (3,) and the model has (64,)'
+    )
+    message = convert('resnet18.pth', '--model', 'resnet34_mrla', '--out', 'out')
+    assert 'lacks layer1.2.conv1.weight' in message
+    message = convert('deit64.pth', '--model', 'deit_tiny_mrla', '--out', 'out')
+    assert 'pos_embed is (1, 17, 192) and not (1, 197, 192); give the img_size' in message
+    assert 'lacks layer1.0.mrla.lam' in convert('plain.pth', '--model', 'resnet18_mrla', '--out', 'out')
+    warm = 'resnet18_mrla.warmstart_a1_in1k'
+    assert 'train it first' in convert('plain.pth', '--model', warm, '--out', 'out')
+
+
+class Pickle:
+    def __reduce__(self):
+        return open, ('ran', 'w')
+
+
+def test_what_is_no_checkpoint_is_not_run(convert):
+    torch.save({'state_dict': timm.create_model('resnet18_mrla').state_dict(), 'more': Pickle()}, 'pickle.pth')
+    Path('text.pth').write_text('hello')
+    Path('empty.safetensors').write_bytes(b'')
+    Path('cut.pth').write_bytes(Path('pickle.pth').read_bytes()[:100_000])
+    torch.save([torch.zeros(1)], 'list.pth')
+    torch.save({'state_dict': {'epoch': 3}}, 'number.pth')
+    for name in ('pickle.pth', 'text.pth', 'empty.safetensors', 'cut.pth', 'list.pth', 'number.pth', 'none.pth'):
+        message = convert(name, '--model', 'resnet18_mrla', '--out', 'out')
+        assert f"'{name}'" in message, message
+    assert 'open' in convert('pickle.pth', '--model', 'resnet18_mrla', '--out', 'out')
+    assert not Path('ran').exists()
+
+
+def test_mistakes_in_the_command(convert):
+    torch.save(timm.create_model('resnet18_mrla').state_dict(), 'last.pth')
+    os.mkdir('taken')
+    assert "'taken' exists" in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'taken')
+    assert "'resnet18' is no model" in convert('last.pth', '--model', 'resnet18', '--out', 'out')
+    assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla.foo', '--out', 'out')
+    assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo=1')
+    assert 'name=value' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo')
+    assert 'dataset' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--metric', 'accuracy=0.7')
+
+
+def test_a_full_disk(tmp_path):
+    """As a limit on the size of a file makes one."""
+    torch.save(timm.create_model('resnet18_mrla').state_dict(), tmp_path / 'last.pth')
+    command = [sys.executable, '-m', 'timm_mrla', 'convert', 'last.pth', '--model', 'resnet18_mrla', '--out', 'out']
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )
+    assert result.returncode == 2, result.stderr
+    assert "'out' cannot be written: " in result.stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == ['last.pth']

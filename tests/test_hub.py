@@ -1,0 +1,235 @@
+"""Models on the Hub: loading, publishing, and what can go wrong, against tests/hub.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import huggingface_hub.constants as constants
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from timm.layers import to_ntuple
+from timm.models import save_for_hf
+
+from timm_mrla.cli import main
+from timm_mrla.hub import model_card, push_to_hub, save_pretrained
+
+SMALL = [
+    'resnet18_mrla',
+    'resnet18_mrlab',
+    'deit_tiny_mrla',
+    'deit_tiny_mrlab',
+    'deit_tiny_distilled_mrla',
+    'ceit_tiny_mrla',
+    'efficientnet_b0_mrla',
+    'pvt_v2_b0_mrla',
+    'pvt_v2_b0_mrlab',
+]
+REPO = 'user/model.in1k'
+
+
+def create(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+def run(*args, env, **kwargs):
+    command, env = [sys.executable, *map(str, args)], {**os.environ, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
+
+
+def cached_files(hub):
+    return sorted(path.name for path in hub.cache.glob('models--*/snapshots/*/*'))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_arguments_that_timm_has_for_pretrained_models(name, hub, tmp_path):
+    fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
+    model = create(name, num_classes=7, **({'img_size': 64} if fixed else {}))
+    save_pretrained(model, tmp_path / 'model')
+    hub.add(REPO, tmp_path / 'model')
+    x = torch.randn(1, 3, 64, 64)
+    loaded = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(x), model(x))
+
+    source = f'local-dir:{tmp_path}/model'
+    adapted = timm.create_model(
+        source, pretrained=True, num_classes=3, in_chans=1, **({'img_size': 48} if fixed else {})
+    )
+    assert adapted.eval()(x[:, :1, :48, :48]).shape == (1, 3)
+    theirs = model.state_dict()
+    changed = {
+        k for k, v in adapted.state_dict().items() if not (v.shape == theirs[k].shape and torch.equal(v, theirs[k]))
+    }
+    replaced = {*to_ntuple(1)(model.pretrained_cfg['classifier']), model.pretrained_cfg['first_conv'], 'pos_embed'}
+    assert {k for k in changed if k not in replaced and k.rpartition('.')[0] not in replaced} == set()
+
+    features = timm.create_model(f'hf-hub:{REPO}', pretrained=True, features_only=True).eval()
+    expected, indices = model.forward_intermediates(x, intermediates_only=True), features.feature_info.out_indices
+    assert all(torch.equal(y, expected[i]) for y, i in zip(features(x), indices, strict=True))
+
+
+def test_revisions(hub, tmp_path):
+    for i in range(2):
+        torch.manual_seed(i)
+        model = timm.create_model('resnet18_mrla', num_classes=2)
+        save_pretrained(model, tmp_path / str(i))
+        hub.add(REPO, tmp_path / str(i))
+    first, latest = (
+        timm.create_model(f'hf-hub:{REPO}{at}', pretrained=True).fc.weight
+        for at in ('@' + hub.find(REPO, '0001')[1], '')
+    )
+    assert torch.equal(latest, model.fc.weight)
+    assert not torch.equal(first, latest)
+
+
+def test_push_and_load_in_fresh_processes(hub, tmp_path):
+    model = create('deit_tiny_mrlab', num_classes=5, img_size=64)
+    torch.save({'state_dict': model.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
+    command = ['-m', 'timm_mrla', 'push', 'last.pth.tar', REPO, '--model', 'deit_tiny_mrlab']
+    options = ['--model-kwargs', 'img_size=64', '--license', 'mit', '--dataset', 'imagenet-1k', 'user/more']
+    options += ['--base-model', 'timm/deit_tiny_patch16_224.fb_in1k', '--metric', 'accuracy=0.712']
+    result = run(*command, *options, cwd=tmp_path, env=hub.env)
+    assert (result.returncode, result.stdout) == (0, f'{hub.url}/{REPO}\n'), result.stderr
+
+    files = hub.repos[REPO][-1]
+    assert sorted(files) == ['README.md', 'config.json', 'model.safetensors']
+    config = json.loads(files['config.json'])
+    assert config['requires'] == ['timm_mrla']
+    assert config['architecture'] == 'deit_tiny_mrlab'
+    card = ModelCard(files['README.md'].decode())
+    assert (card.data.library_name, card.data.license) == ('timm', 'mit')
+    assert card.data.datasets == ['imagenet-1k', 'user/more']
+    assert card.data.base_model == 'timm/deit_tiny_patch16_224.fb_in1k'
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ('imagenet-1k', 'accuracy', 0.712)
+    assert {'timm', 'image-classification'} <= set(card.data.tags)
+
+    # the card's own code, online and then offline, in processes that import nothing else
+    Image.new('RGB', (80, 80), 'red').save(tmp_path / 'image.jpg')
+    (code,) = re.findall('```python\n(.*?)```', card.content, flags=re.DOTALL)
+    code += 'print(probabilities.tolist())'
+    online, offline = (
+        run('-c', code, cwd=tmp_path, env={**hub.env, 'HF_HUB_OFFLINE': offline}) for offline in ('0', '1')
+    )
+    assert online.returncode == 0, online.stderr
+    assert offline.stdout == online.stdout
+    config = timm.data.resolve_model_data_config(timm.create_model(f'hf-hub:{REPO}'))
+    image = timm.data.create_transform(**config)(Image.open(tmp_path / 'image.jpg'))
+    with torch.inference_mode():
+        expected = model(image.unsqueeze(0)).softmax(dim=1)
+    torch.testing.assert_close(torch.tensor(json.loads(online.stdout)), expected)
+
+
+def test_push_of_a_folder_brings_its_card_once(hub, tmp_path):
+    model = create('resnet18_mrla', num_classes=2)
+    folder = tmp_path / 'model'
+    save_pretrained(model, folder, model_card(model, f'local-dir:{folder}', license='mit'))
+    with open(folder / 'README.md', 'a') as f:
+        f.write('Trained on my own photographs.\n')
+    command = ['-m', 'timm_mrla', 'push', folder, REPO]
+    assert run(*command, env=hub.env).returncode == 0
+    card = hub.repos[REPO][-1]['README.md'].decode()
+    assert 'license: mit' in card
+    assert 'Trained on my own photographs.' in card
+    assert f"create_model('hf-hub:{REPO}'" in card
+    assert 'local-dir' not in card
+
+    hub.commit(REPO, {'README.md': b'edited on the Hub'})
+    push_to_hub(create('resnet18_mrla', num_classes=3), REPO, commit_message='More classes')
+    assert hub.repos[REPO][-1]['README.md'] == b'edited on the Hub'
+    assert timm.create_model(f'hf-hub:{REPO}', pretrained=True).num_classes == 3
+
+
+def test_a_folder_of_timms_own_is_pushed_without_its_pickle(hub, tmp_path):
+    model = create('resnet18_mrla', num_classes=2)
+    save_for_hf(model, tmp_path / 'model')
+    assert [path.name for path in (tmp_path / 'model').glob('*.bin')]
+    result = run('-m', 'timm_mrla', 'push', tmp_path / 'model', REPO, env=hub.env)
+    assert result.returncode == 0, result.stderr
+    assert sorted(hub.repos[REPO][-1]) == ['README.md', 'config.json', 'model.safetensors']
+    assert torch.equal(timm.create_model(f'hf-hub:{REPO}', pretrained=True).fc.weight, model.fc.weight)
+
+
+def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
+    def refusal(*args):
+        monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'push', *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            main()
+        assert e.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    folder = tmp_path / 'model'
+    save_pretrained(create('resnet18_mrla', num_classes=2), folder)
+    assert "'user/model'" in refusal(folder, 'model')
+    assert 'holds no model' in refusal(tmp_path, REPO)
+    assert 'README.md: write its licence' in refusal(folder, REPO, '--license', 'mit')
+    assert '--model NAME' in refusal(folder / 'model.safetensors', REPO)
+    save_for_hf(create('resnet18', num_classes=2), tmp_path / 'plain', safe_serialization=True)
+    assert "'resnet18' is no model of timm-mrla" in refusal(tmp_path / 'plain', REPO)
+    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
+    assert re.search(f'{REPO} cannot be pushed: .*401', refusal(folder, REPO))
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    assert f'{REPO} cannot be pushed: ' in refusal(folder, REPO)
+    assert not hub.repos
+
+
+def weights(**kwargs):
+    model = create('resnet18_mrla', num_classes=2)
+    return {**model.state_dict(), **kwargs}
+
+
+@pytest.mark.parametrize(
+    ('tensors', 'message'),
+    [
+        (b'\xff' * 64, 'deserializing header'),
+        (weights(**{'layer1.0.mrla.lam': torch.zeros(3)}), r'layer1.0.mrla.lam is \(3,\) and the model has \(64,\)'),
+        ({k: v for k, v in weights().items() if '.mrla.' not in k}, 'lacks layer1.0.mrla.lam'),
+        ({k: v for k, v in weights().items() if k != 'layer3.1.mrla.lam'}, 'lacks layer3.1.mrla.lam'),
+        (weights(more=torch.zeros(1)), 'the model has no more'),
+    ],
+    ids=['corrupt header', 'wrong shape', 'plain backbone', 'partial', 'unknown key'],
+)
+@pytest.mark.parametrize('num_classes', [2, 3])
+def test_weights_that_do_not_fit(tensors, message, num_classes, hub, tmp_path):
+    """Also with another number of classes, for which timm itself is not strict."""
+    save_pretrained(create('resnet18_mrla', num_classes=2), tmp_path / 'model')
+    hub.add(REPO, tmp_path / 'model')
+    hub.commit(REPO, {'model.safetensors': tensors if isinstance(tensors, bytes) else safetensors.torch.save(tensors)})
+    with pytest.raises(RuntimeError, match=f'resnet18_mrla cannot be loaded from {REPO}: .*{message}'):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True, num_classes=num_classes)
+    hub.add(REPO, tmp_path / 'model')  # what is mended there is mended here
+    assert timm.create_model(f'hf-hub:{REPO}', pretrained=True, num_classes=num_classes).num_classes == num_classes
+
+
+def test_what_the_hub_does_not_give(hub, tmp_path):
+    save_pretrained(create('resnet18_mrla', num_classes=2), tmp_path / 'model')
+    hub.add(REPO, tmp_path / 'model')
+
+    def message(name, error):
+        with pytest.raises(error) as e:
+            timm.create_model(name, pretrained=True)
+        return str(e.value)
+
+    assert 'user/none' in message('hf-hub:user/none', OSError)
+    assert f'{REPO}/resolve/0007' in message(f'hf-hub:{REPO}@0007', OSError)
+    hub.gated.add(REPO)
+    assert f'Access to model {REPO} is restricted' in message(f'hf-hub:{REPO}', OSError)
+    hub.gated.clear()
+    hub.truncated.add('model.safetensors')
+    assert re.search(f'{REPO}.*should be of size', message(f'hf-hub:{REPO}', RuntimeError))
+    hub.truncated.clear()
+    assert cached_files(hub) == ['config.json']
+    hub.commit(REPO, {'model.safetensors': b'', 'pytorch_model.bin': b'a pickle'})
+    del hub.repos[REPO][-1]['model.safetensors']
+    hub.requests.clear()
+    assert re.search(f'{REPO}/resolve/main/model.safetensors', message(f'hf-hub:{REPO}', OSError))
+    assert not [request for request in hub.requests if 'pytorch_model' in request]
+    hub.add(REPO, tmp_path / 'model')
+    assert timm.create_model(f'hf-hub:{REPO}', pretrained=True).num_classes == 2

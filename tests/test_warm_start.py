@@ -1,0 +1,203 @@
+"""Warm starts from timm's plain backbones, whose weights are random here and come from tests/hub.py."""
+
+import importlib
+import json
+import logging
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import get_pretrained_cfg, save_for_hf
+
+from benchmarks.flops import backbone
+from timm_mrla.hub import push_to_hub, save_pretrained
+from timm_mrla.layers import MrlaBase, MrlaLight
+
+WARM = {
+    'resnet18_mrla': 'a1_in1k',
+    'deit_tiny_mrla': 'fb_in1k',
+    'deit_tiny_mrlab': 'fb_in1k',
+    'deit_tiny_distilled_mrla': 'fb_in1k',
+    'efficientnet_b0_mrla': 'ra_in1k',
+    'pvt_v2_b0_mrla': 'in1k',
+    'pvt_v2_b0_mrlab': 'in1k',
+}
+LOGGER = 'timm_mrla.models._weights'
+
+
+def randomize(model):
+    """Away from what models start with: batch norms without statistics, biases and last norms at zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = 0.02 * torch.rand(tensor.shape, generator=generator)
+            tensor.copy_(1 + noise if name.endswith('running_var') else tensor + noise)
+    return model
+
+
+def add_backbone(hub, name, state_dict=None):
+    """Put random weights of an entry's plain backbone where timm has its own; returns the backbone."""
+    repo = get_pretrained_cfg(f'{name}.warmstart_{WARM[name]}').hf_hub_id
+    plain = randomize(timm.create_model(backbone(name)[0])).eval()
+    assert repo == f'timm/{backbone(name)[0]}.{WARM[name]}'
+    hub.commit(repo, {'model.safetensors': safetensors.torch.save(state_dict or plain.state_dict())})
+    return plain
+
+
+def warm(name, **kwargs):
+    return timm.create_model(f'{name}.warmstart_{WARM[name]}', pretrained=True, **kwargs)
+
+
+def layer_attentions(model):
+    return [module for module in model.modules() if isinstance(module, MrlaBase | MrlaLight)]
+
+
+@pytest.mark.parametrize('name', WARM)
+def test_it_computes_what_the_backbone_computes(name, hub):
+    """To the last bit, in eval mode and, batch norm or not, in train mode; the gates have gradients."""
+    plain, model = add_backbone(hub, name), warm(name)
+    size = 224 if name.startswith('deit') else 64
+    x = torch.randn(2, 3, size, size)
+    for mode in (False, True):
+        expected, actual = plain.train(mode)(x), model.train(mode)(x)
+        assert torch.equal(*(torch.cat(y) if isinstance(y, tuple) else y for y in (expected, actual)))
+    theirs = {k: v for k, v in model.state_dict().items() if '.mrla.' not in k}
+    assert all(torch.equal(v, theirs[k]) for k, v in plain.state_dict().items())
+
+    (actual if isinstance(actual, torch.Tensor) else torch.cat(actual)).square().sum().backward()
+    layers = layer_attentions(model)
+    # the head of a DeiT reads no patch of the last block, so that nothing tells its lam what to do, trained or not
+    dead = layers[-1].lam if name.startswith('deit') and hasattr(layers[-1], 'lam') else None
+    assert all(gate.grad.any() for layer in layers for gate in layer.gates() if gate is not dead)
+
+
+@pytest.mark.parametrize('name', WARM)
+def test_it_can_be_adapted(name, hub):
+    plain = add_backbone(hub, name)
+    size = {'img_size': 64} if get_pretrained_cfg(name).fixed_input_size else {}
+    model = warm(name, num_classes=3, in_chans=1, drop_path_rate=0.1, **size).eval()
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
+    features = warm(name, features_only=True, **size).eval()
+    x = torch.randn(1, 3, 64, 64)
+    if not size:
+        indices = features.feature_info.out_indices
+        expected = plain.forward_intermediates(x, intermediates_only=True)
+        assert all(torch.equal(y, expected[i]) for y, i in zip(features(x), indices, strict=True))
+
+
+def test_deit_that_pools_its_patches(hub):
+    plain = add_backbone(hub, 'deit_tiny_mrla')
+    model = warm('deit_tiny_mrla', global_pool='avg', num_classes=3)
+    assert torch.equal(model.fc_norm.weight, plain.norm.weight)
+
+
+@pytest.mark.parametrize('num_classes', [1000, 3])
+def test_what_is_no_backbone_is_refused_by_name(num_classes, hub):
+    def message(state_dict):
+        add_backbone(hub, 'resnet18_mrla', state_dict)
+        with pytest.raises(RuntimeError, match=r'resnet18_mrla cannot be loaded from timm/resnet18\.a1_in1k: ') as e:
+            warm('resnet18_mrla', num_classes=num_classes)
+        return str(e.value)
+
+    state_dict = timm.create_model('resnet18').state_dict()
+    assert 'it lacks layer3.0.bn1.bias' in message({k: v for k, v in state_dict.items() if k != 'layer3.0.bn1.bias'})
+    lam = {'layer1.0.mrla.lam': torch.zeros(64)}
+    assert 'it lacks layer1.0.mrla.attn.q.weight' in message({**state_dict, **lam})
+    assert 'the model has no layer9.weight' in message({**state_dict, 'layer9.weight': torch.zeros(1)})
+
+
+def test_the_plain_entry_takes_no_backbone(hub, tmp_path):
+    """Nor does a repository that claims to hold a trained model, even under a warm start's tag."""
+    plain = add_backbone(hub, 'resnet18_mrla')
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet18_mrla'):
+        timm.create_model('resnet18_mrla', pretrained=True)
+    with pytest.raises(RuntimeError, match=r'lacks layer1\.0\.mrla\.lam'):
+        overlay = {'state_dict': plain.state_dict()}
+        timm.create_model('resnet18_mrla', pretrained=True, pretrained_cfg_overlay=overlay)
+    config = {'architecture': 'resnet18_mrla', 'pretrained_cfg': {'tag': 'warmstart_a1_in1k'}}
+    weights = safetensors.torch.save(plain.state_dict())
+    hub.commit('user/model', {'config.json': json.dumps(config).encode(), 'model.safetensors': weights})
+    with pytest.raises(RuntimeError, match=r'user/model: it lacks layer1\.0\.mrla\.lam'):
+        timm.create_model('hf-hub:user/model', pretrained=True)
+
+
+def test_it_says_once_what_it_is(hub, caplog):
+    add_backbone(hub, 'resnet18_mrla')
+    with caplog.at_level(logging.WARNING):
+        warm('resnet18_mrla')
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == (LOGGER, 'WARNING')
+    assert 'timm/resnet18.a1_in1k' in record.message
+    assert 'untrained' in record.message
+
+
+def test_a_trained_checkpoint_under_the_name_of_a_warm_start(tmp_path, caplog):
+    """As train.py is given it by a user who goes on training."""
+    trained = timm.create_model('resnet18_mrla')
+    torch.save({'state_dict': trained.state_dict()}, tmp_path / 'last.pth.tar')
+    overlay = {'file': str(tmp_path / 'last.pth.tar')}
+    model = timm.create_model('resnet18_mrla.warmstart_a1_in1k', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.layer1[0].mrla.norm.weight, trained.layer1[0].mrla.norm.weight)
+    assert not caplog.records
+
+
+def test_no_network(monkeypatch, hub):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match=r'resnet18_mrla cannot be loaded from timm/resnet18\.a1_in1k: .*connection'):
+        warm('resnet18_mrla')
+
+
+def test_what_is_saved_after_training_is_no_warm_start(hub, tmp_path):
+    add_backbone(hub, 'resnet18_mrla')
+    model = warm('resnet18_mrla', num_classes=2)
+    with pytest.raises(ValueError, match='train it first'):
+        save_pretrained(model, tmp_path / 'untrained')
+    with pytest.raises(ValueError, match='train it first'):
+        push_to_hub(model, 'user/model')
+    assert not (tmp_path / 'untrained').exists()
+    assert 'user/model' not in hub.repos
+
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    save_pretrained(model, tmp_path / 'ours')
+    save_for_hf(model, tmp_path / 'timms', safe_serialization=True)
+    for folder in ('ours', 'timms'):
+        text = (tmp_path / folder / 'config.json').read_text()
+        assert 'warmstart' not in text
+        assert not {'tag', 'description', 'notes'} & set(json.loads(text)['pretrained_cfg'])
+        assert json.loads(text)['pretrained_cfg']['crop_pct'] == get_pretrained_cfg('resnet18.a1_in1k').crop_pct
+
+
+def test_every_configuration():
+    """All of them are warm starts, none is a default, and each is its backbone's but for what it says of itself."""
+    names = timm.list_pretrained('*_mrla*')
+    assert {name.partition('.')[0] for name in names} == {
+        name for name in timm.list_models('*_mrla*') if not name.startswith('ceit') and 'resnet' not in name[:6]
+    } | {f'resnet{depth}_mrla' for depth in (18, 34, 50, 101, 152)}
+    for name in names:
+        cfg = get_pretrained_cfg(name)
+        assert cfg.tag.startswith('warmstart_')
+        plain = get_pretrained_cfg(cfg.hf_hub_id.removeprefix('timm/'))
+        assert plain.architecture == backbone(cfg.architecture)[0]
+        for field in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'license', 'num_classes'):
+            assert getattr(cfg, field) == getattr(plain, field)
+        assert cfg.url is None
+        assert 'untrained' in cfg.description
+        assert f'{plain.architecture}.{plain.tag}' in cfg.notes[0]
+    for depth in (18, 34, 50, 101, 152):
+        tags = {name.partition('.warmstart_')[2] for name in names if name.startswith(f'resnet{depth}_mrla.')}
+        assert {'a1_in1k', 'tv_in1k'} <= tags
+
+
+def test_a_tag_that_timm_renames(monkeypatch):
+    """It goes, and the models stay."""
+    from timm.models import _registry
+
+    from timm_mrla.models import pvt_v2
+
+    monkeypatch.setattr(_registry, '_model_has_pretrained', _registry._model_has_pretrained - {'pvt_v2_b0.in1k'})
+    fresh = importlib.util.module_from_spec(pvt_v2.__spec__)
+    pvt_v2.__spec__.loader.exec_module(fresh)
+    assert list(fresh.default_cfgs['pvt_v2_b0_mrla'].tags) == ['']
+    assert sorted(fresh.default_cfgs['pvt_v2_b1_mrla'].tags) == ['', 'warmstart_in1k']

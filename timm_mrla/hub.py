@@ -1,0 +1,251 @@
+"""Trained models as folders that timm loads and as repositories of the Hugging Face Hub."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from safetensors import SafetensorError
+from timm.layers import to_ntuple
+from timm.models import get_pretrained_cfg, is_model, load_state_dict, model_entrypoint, save_for_hf
+from torch import nn
+
+import timm_mrla.models
+from timm_mrla.models._weights import convert_state_dict, layer_attentions
+
+__all__ = ['check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
+
+
+def _check_entry(name: str) -> None:
+    """Raises ValueError unless a name is that of an entry of ours."""
+    name = name.partition('.')[0]
+    if not is_model(name) or not model_entrypoint(name).__module__.startswith(timm_mrla.models.__name__):
+        raise ValueError(
+            f"{name!r} is no model of timm-mrla; timm.list_models('*_mrla*') lists those with layer attention"
+        )
+
+
+def check_new(folder: str | os.PathLike) -> None:
+    """Raises FileExistsError if a folder exists."""
+    if os.path.lexists(folder):
+        raise FileExistsError(f'{str(folder)!r} exists; remove it or name another folder')
+
+
+def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
+    """Load what a training script wrote, timm's or the authors' of the paper.
+
+    The averaged (EMA) weights are taken where there are any, as timm does. Nothing in the checkpoint is run.
+
+    Args:
+        path: The file, in torch's or safetensors' format: a state dict, bare or with optimizer and epoch beside it.
+        model_name: The entry.
+        **model_kwargs: Arguments of `timm.create_model` that it was trained with. The number of classes need not be
+            among them: it is the checkpoint's.
+
+    Raises:
+        ValueError: There is no such entry or file, the file holds more than weights, or it does not fit.
+    """
+    _check_entry(model_name)
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no checkpoint {path!r}')
+    try:
+        state_dict = convert_state_dict(load_state_dict(path))
+    except Exception as e:  # whatever a file may hold
+        reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
+        raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
+
+    classifier = to_ntuple(1)(get_pretrained_cfg(model_name).classifier)[0]
+    if f'{classifier}.weight' in state_dict:
+        model_kwargs.setdefault('num_classes', len(state_dict[f'{classifier}.weight']))
+    overlay = {'state_dict': state_dict, 'num_classes': model_kwargs.get('num_classes', 1000)}
+    try:
+        model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_kwargs)
+    except TypeError as e:
+        raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {e}') from e
+    except RuntimeError as e:
+        raise ValueError(f'{path!r} does not fit: {e.__cause__ or e}') from e
+    for name, tensor in model.state_dict().items():
+        if name in state_dict and state_dict[name].shape != tensor.shape:
+            shapes = f'{tuple(state_dict[name].shape)} and not {tuple(tensor.shape)}'
+            raise ValueError(f'{path!r} does not fit: its {name} is {shapes}; give the img_size that it was trained at')
+    del model.pretrained_cfg['state_dict']
+    return model
+
+
+def load_folder(folder: str) -> tuple[nn.Module, ModelCard | None]:
+    """Load the model in a folder that timm wrote or `save_pretrained`, and its model card, if it has one.
+
+    Raises:
+        ValueError: There is no model of timm's in the folder, or it does not fit.
+    """
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except (KeyError, RuntimeError, TypeError, OSError) as e:
+        reason = e.__cause__ or e
+        raise ValueError(f'{folder!r} holds no model that timm can load: {type(reason).__name__}: {reason}') from e
+    card = os.path.join(folder, 'README.md')
+    return model, ModelCard.load(card) if os.path.exists(card) else None
+
+
+def model_card(
+    model: nn.Module,
+    name: str,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    base_model: str | None = None,
+    metrics: dict[str, float] | None = None,
+) -> ModelCard:
+    """The model card of a trained model, with the code that loads it.
+
+    Args:
+        model: The model.
+        name: What `timm.create_model` is to load, such as 'hf-hub:user/resnet50_mrla.in1k'.
+        license: Identifier of the licence, that of the model's configuration if None.
+        datasets: Identifiers of the Hub's datasets that it was trained on.
+        base_model: Repository of the model that it was trained from.
+        metrics: Results on the first dataset by the Hub's identifier of the metric, such as `{'accuracy': 0.792}`.
+
+    Raises:
+        ValueError: There are metrics and no dataset.
+    """
+    if metrics and not datasets:
+        raise ValueError(f'the metrics {metrics} need the dataset that they were measured on')
+    architecture = model.pretrained_cfg['architecture']
+    title = name.rpartition('/')[2].rpartition(':')[2]
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-mrla', 'layer-attention'],
+        license=license or model.pretrained_cfg.get('license'),
+        datasets=datasets,
+        base_model=base_model,
+        model_name=title,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=datasets[0],
+                dataset_name=datasets[0],
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in (metrics or {}).items()
+        ]
+        or None,
+    )
+    mode = 'L' if timm.data.resolve_model_data_config(model)['input_size'][0] == 1 else 'RGB'
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+# {title}
+
+{model_entrypoint(architecture).__doc__.strip()} `{architecture}` of [timm-mrla](https://pypi.org/project/timm-mrla),
+timm's backbone with layer attention ([MRLA, ICLR 2023](https://arxiv.org/abs/2302.03985)).
+
+## Model Usage
+
+`pip install timm-mrla`, then
+
+```python
+import timm
+import timm_mrla  # registers the model
+import torch
+from PIL import Image
+
+model = timm.create_model('{name}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open('image.jpg').convert('{mode}')
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
+```
+""")
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    card: ModelCard | None = None,
+    data_config: dict[str, Any] | None = None,
+) -> None:
+    """Write a trained model to a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
+
+    The folder gets config.json, model.safetensors and README.md, or is not there.
+
+    Args:
+        model: A model that `timm.create_model` built.
+        folder: The folder, which must not exist yet.
+        card: Its model card, `model_card(model, 'local-dir:FOLDER')` if None.
+        data_config: How its images were prepared, where this differs from the model's configuration.
+
+    Raises:
+        ValueError: The model has no layer attention of ours, or one that was never trained.
+        FileExistsError: The folder exists.
+        OSError: It cannot be written.
+    """
+    check_new(folder)
+    _check_entry(model.pretrained_cfg['architecture'])
+    if not any(gate.any() for layer in layer_attentions(model) for gate in layer.gates()):
+        raise ValueError(
+            'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
+        )
+    card = card or model_card(model, f'local-dir:{folder}')
+    parent = Path(folder).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as tmp:
+            out = os.path.join(tmp, 'model')
+            requires = {'requires': ['timm_mrla']}
+            save_for_hf(model, out, model_config=requires, data_config=data_config, safe_serialization=True)
+            card.save(os.path.join(out, 'README.md'))
+            os.rename(out, folder)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'{str(folder)!r} cannot be written: {e}') from e
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    card: ModelCard | None = None,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = 'Add model',
+) -> str:
+    """Publish a trained model in a repository of the Hugging Face Hub, as timm's `push_to_hf_hub` does.
+
+    The repository is made if there is none; a model card that it has stays. The weights go as safetensors alone.
+
+    Args:
+        model: A model that `timm.create_model` built.
+        repo_id: The repository, 'user/name'.
+        card: The model card, `model_card(model, 'hf-hub:user/name')` if None. Where it loads the model from a folder,
+            it is made to load it from the repository.
+        token: A token of the Hub, the one that is logged in if None.
+        private: Whether a new repository is private, what the user's account says if None.
+        commit_message: Message of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: The model has no layer attention of ours, or one that was never trained; repo_id has no owner.
+        RuntimeError: The Hub cannot be reached, or refuses.
+    """
+    if '/' not in repo_id:
+        raise ValueError(f"{repo_id!r} does not say whose repository it is: 'user/{repo_id}'")
+    card = card or model_card(model, f'hf-hub:{repo_id}')
+    card.content = re.sub(r'local-dir:[^\'"`]+', f'hf-hub:{repo_id}', card.content)
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = os.path.join(tmp, 'model')
+        save_pretrained(model, folder, card)
+        api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
+        try:
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            ignore = ['README.md'] if api.file_exists(repo_id, 'README.md') else None
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=ignore
+            )
+        except Exception as e:  # among them those of the HTTP library, which changes with the client's version
+            raise RuntimeError(f'{repo_id} cannot be pushed: {e}') from e
+    return str(repo)
