@@ -56,7 +56,7 @@ def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) 
 def main() -> None:
     """Print the table."""
     print(f'timm-mrla {timm_mrla.__version__}, timm {timm.__version__}, torch {torch.__version__}\n')
-    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | weights |')
+    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | warm start |')
     print('|---|---|---|---|---|---|---|')
     for family in FAMILIES:
         table = {name: costs(name, input_size(name)) for name in timm.list_models(f'{family}*_mrla*')}
@@ -65,7 +65,7 @@ def main() -> None:
             label = 'CeiT' if plain == name else f'`{plain}`' + (', deep stem' if kwargs else '')
             params, macs = table[name]
             plain_params, plain_macs = costs(plain, input_size(name), plain=True, **kwargs)
-            weights = ', '.join(timm.list_pretrained(f'{name}.*')) or 'none'
+            weights = ', '.join(n.partition('.')[2] for n in timm.list_pretrained(f'{name}.*')) or 'none'
             print(
                 f'| `{name}` | {params / 1e6:.2f} | {macs / 1e9:.3f} '
                 f'| {label} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} | {weights} |'

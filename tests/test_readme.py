@@ -3,17 +3,20 @@
 import re
 from pathlib import Path
 
+import safetensors.torch
 import timm
-import torch
 
-import timm_mrla  # noqa: F401
+from timm_mrla.hub import save_pretrained
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
-def test_python_blocks(tmp_path, monkeypatch):
+def test_python_blocks(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
-    torch.save({'state_dict': timm.create_model('resnet50_mrla').state_dict()}, 'model_best.pth.tar')
+    save_pretrained(timm.create_model('resnet50_mrla'), tmp_path / 'resnet50_mrla')
+    hub.add('user/resnet50_mrla.in1k', tmp_path / 'resnet50_mrla')
+    weights = safetensors.torch.save(timm.create_model('resnet50').state_dict())
+    hub.commit('timm/resnet50.a1_in1k', {'model.safetensors': weights})
     namespace = {}
     blocks = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
     for block in blocks:
