@@ -18,6 +18,18 @@ def main() -> None:
     demo.add_argument('--out', default='mrla-digits', help='folder to write the model to (default: %(default)s)')
     demo.add_argument('--epochs', type=int, default=12, help='epochs of training (default: %(default)s)')
 
+    attention = commands.add_parser('attention', help='draw what the blocks of a model retrieve from each other')
+    attention.add_argument('model', help="name of the model, also 'local-dir:FOLDER'")
+    attention.add_argument('images', nargs='+', metavar='IMAGE', help='path of an image; several stand side by side')
+    attention.add_argument('--out', default='attention.png', help='picture to write (default: %(default)s)')
+    weights = attention.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', nargs='+', metavar='PATH', dest='checkpoints', help='weights; also several')
+    weights.add_argument('--pretrained', action='store_true', help='the weights that come with the model')
+    view = attention.add_mutually_exclusive_group()
+    view.add_argument('--heads', action='store_true', help='draw each head')
+    view.add_argument('--features', metavar='BLOCK', help='draw the maps of a block before and after layer attention')
+    attention.add_argument('--npz', action='store_true', help='write the numbers to an .npz file beside the picture')
+
     args = parser.parse_args()
     if args.command == 'run':
         if not os.path.isfile(args.script):
@@ -29,6 +41,15 @@ def main() -> None:
         from timm_mrla.launcher import launch
 
         launch(args.script, args.args)
+    elif args.command == 'attention':
+        try:
+            from timm_mrla.look import look
+        except ModuleNotFoundError as e:
+            parser.exit(2, f"timm-mrla: drawing needs {e.name}: pip install 'timm-mrla[plot]'\n")
+        try:
+            look(**{name: value for name, value in vars(args).items() if name != 'command'})
+        except (ValueError, OSError) as e:
+            parser.exit(2, f'timm-mrla: {e}\n')
     else:
         try:
             from timm_mrla.demo import test_digits, train_digits
