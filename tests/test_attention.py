@@ -243,13 +243,22 @@ def test_gradient_checkpointing_and_half_precision(name):
         torch.testing.assert_close(weights.double(), expected[stage], rtol=0.2, atol=0.1)
 
 
-def test_a_compiled_model():
+def test_a_compiled_model_is_not_compiled_again():
     model, x = create('resnet18_mrlab'), images()
     expected = layer_attention(model, x)
-    compiled = torch.compile(model, backend='eager')
-    compiled(x)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        compiled(x)
+    count = len(graphs)
     for a, b in zip(layer_attention(compiled, x).values(), expected.values(), strict=True):
         assert torch.equal(a, b)
+    assert len(graphs) == count > 0
 
 
 @every

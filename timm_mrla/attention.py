@@ -43,7 +43,7 @@ def _run(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance('force_eager'))  # compiled code passes new hooks by
+        stack.enter_context(torch.compiler.set_stance('force_eager'))  # hooks would have it compiled again
         for module, hook in hooks.items():
             stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         try:

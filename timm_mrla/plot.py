@@ -90,9 +90,8 @@ def plot_attention(attention: LayerAttention, heading: str, titles: list[str], h
     heights = [label + max(sizes[stage][1] for stage, _ in row) + 0.4 for row in rows]
     widths = [label + max(*(sizes[stage][0] for stage, _ in column), 1) + 0.3 for column in zip(*rows, strict=True)]
 
-    line = 'Each row: what a block retrieves from each block up to itself' + (
-        '.' if heads else ', averaged over heads.'
-    )
+    average = '' if heads else ', averaged over heads'
+    line = f'Each row: what a block retrieves from each block up to itself{average}.'
     room = sum(widths) / len(titles)
     titles = [fill(title, int(room / _LETTER)) for title in titles]
     top = 0.95 + 0.17 * max(title.count('\n') for title in titles)
