@@ -132,7 +132,7 @@ def test_mistakes_in_the_command(convert):
     torch.save(timm.create_model('resnet18_mrla').state_dict(), 'last.pth')
     os.mkdir('taken')
     assert "'taken' exists" in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'taken')
-    assert "'resnet18' is no model" in convert('last.pth', '--model', 'resnet18', '--out', 'out')
+    assert "no model 'resnet19_mrla'" in convert('last.pth', '--model', 'resnet19_mrla', '--out', 'out')
     assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla.foo', '--out', 'out')
     assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo=1')
     assert 'name=value' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo')

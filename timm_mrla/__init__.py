@@ -11,5 +11,6 @@ _by_module = sys.argv[:1] == ['-m'] and ('-m', 'timm_mrla') in zip(sys.orig_argv
 _by_command = bool(sys.argv) and Path(sys.argv[0]).stem == 'timm-mrla'
 if not (_by_module or _by_command):
     from timm_mrla import models
+    from timm_mrla.attention import feature_maps, layer_attention
 
-    __all__ = ['models']
+    __all__ = ['feature_maps', 'layer_attention', 'models']

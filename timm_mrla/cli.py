@@ -66,6 +66,23 @@ def _push(args: argparse.Namespace) -> None:
     print(push_to_hub(model, args.repo, card, private=args.private))
 
 
+def _attention(args: argparse.Namespace) -> None:
+    try:
+        from timm_mrla.look import look
+    except ModuleNotFoundError as e:
+        raise ValueError(f"drawing needs {e.name}: pip install 'timm-mrla[plot]'") from e
+    look(
+        args.model,
+        args.images,
+        args.out,
+        checkpoints=args.checkpoint,
+        pretrained=args.pretrained,
+        heads=args.heads,
+        features=args.features,
+        npz=args.npz,
+    )
+
+
 def main() -> None:
     """Parse the command line and run its command."""
     parser = argparse.ArgumentParser(prog='timm-mrla', description='Models with layer attention (MRLA) for timm.')
@@ -114,6 +131,19 @@ def main() -> None:
     push.add_argument('--model', help='name of the model, for a checkpoint: resnet50_mrla, ...')
     push.add_argument('--private', action='store_true', default=None, help='make a new repository a private one')
     push.set_defaults(fn=_push)
+
+    attention = commands.add_parser('attention', help='draw what the blocks of a model retrieve from each other')
+    attention.add_argument('model', help="name of the model, also 'local-dir:FOLDER'")
+    attention.add_argument('images', nargs='+', metavar='IMAGE', help='path of an image; several stand side by side')
+    attention.add_argument('--out', default='attention.png', help='picture to write (default: %(default)s)')
+    weights = attention.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', nargs='+', metavar='PATH', help='what a training script wrote; also several')
+    weights.add_argument('--pretrained', action='store_true', help='the weights that come with the model')
+    view = attention.add_mutually_exclusive_group()
+    view.add_argument('--heads', action='store_true', help='draw each head')
+    view.add_argument('--features', metavar='BLOCK', help='draw the maps of a block before and after layer attention')
+    attention.add_argument('--npz', action='store_true', help='write the numbers to an .npz file beside the picture')
+    attention.set_defaults(fn=_attention)
 
     args = parser.parse_args()
     if args.command == 'run':

@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import trange
 
-from timm_mrla.hub import check_new, save_pretrained
+from timm_mrla.hub import check_model, check_new, save_pretrained
 
 __all__ = ['test_digits', 'train_digits']
 
@@ -57,10 +57,7 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
         ValueError: There is no such model, or less than one epoch is asked for.
         FileExistsError: The folder exists.
     """
-    if not timm.is_model(model_name):
-        raise ValueError(
-            f"there is no model {model_name!r}; timm.list_models('*_mrla*') lists those with layer attention"
-        )
+    check_model(model_name)
     if epochs < 1:
         raise ValueError(f'{epochs} epochs are less than 1')
     check_new(out)

@@ -16,16 +16,13 @@ from torch import nn
 import timm_mrla.models
 from timm_mrla.models._weights import convert_state_dict, layer_attentions
 
-__all__ = ['check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
+__all__ = ['check_model', 'check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
 
 
-def _check_entry(name: str) -> None:
-    """Raises ValueError unless a name is that of an entry of ours."""
-    name = name.partition('.')[0]
-    if not is_model(name) or not model_entrypoint(name).__module__.startswith(timm_mrla.models.__name__):
-        raise ValueError(
-            f"{name!r} is no model of timm-mrla; timm.list_models('*_mrla*') lists those with layer attention"
-        )
+def check_model(name: str) -> None:
+    """Raises ValueError if timm's registry has no model of a name."""
+    if not is_model(name):
+        raise ValueError(f"there is no model {name!r}; timm.list_models('*_mrla*') lists those with layer attention")
 
 
 def check_new(folder: str | os.PathLike) -> None:
@@ -41,14 +38,14 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
 
     Args:
         path: The file, in torch's or safetensors' format: a state dict, bare or with optimizer and epoch beside it.
-        model_name: The entry.
+        model_name: The model, by its name in timm's registry.
         **model_kwargs: Arguments of `timm.create_model` that it was trained with. The number of classes need not be
             among them: it is the checkpoint's.
 
     Raises:
-        ValueError: There is no such entry or file, the file holds more than weights, or it does not fit.
+        ValueError: There is no such model or file, the file holds more than weights, or it does not fit.
     """
-    _check_entry(model_name)
+    check_model(model_name)
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path!r}')
     try:
@@ -185,7 +182,11 @@ def save_pretrained(
         OSError: It cannot be written.
     """
     check_new(folder)
-    _check_entry(model.pretrained_cfg['architecture'])
+    architecture = model.pretrained_cfg['architecture']
+    if not model_entrypoint(architecture).__module__.startswith(timm_mrla.models.__name__):
+        raise ValueError(
+            f"{architecture!r} is no model of timm-mrla; timm's own push_to_hf_hub and save_for_hf are for it"
+        )
     if not any(gate.any() for layer in layer_attentions(model) for gate in layer.gates()):
         raise ValueError(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'

@@ -1,0 +1,153 @@
+"""What the blocks of a model retrieve from each other by layer attention, and what that does to their maps."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_mrla.layers import MrlaBase, MrlaLight, to_map
+
+__all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
+
+
+class LayerAttention(dict[str, torch.Tensor]):
+    """Stage -> weights, and in `blocks` and `heads`, stage -> names of its blocks and number of its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: dict[str, list[str]] = {}
+        self.heads: dict[str, int] = {}
+
+
+def _layer_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The layer attentions by the blocks that hold them, or by their own names where one module holds several."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, MrlaLight | MrlaBase)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layer attention; timm.list_models('*_mrla*') lists models that have it"
+        )
+    holders = {name: name.rpartition('.')[0] for name in found}
+    count = Counter(filter(None, holders.values()))
+    return {holders[name] if count[holders[name]] == 1 else name: m for name, m in found.items()}
+
+
+def _run(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]) -> None:
+    """Pass images through a model with forward hooks on some of its modules, and leave no trace in it."""
+    if images.ndim not in (3, 4):
+        raise ValueError(f'images {[*images.shape]} are neither [C, H, W] nor [B, C, H, W]')
+    images = images.to(next(model.parameters()))
+    modes = {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance('force_eager'))  # hooks would have it compiled again
+        for module, hook in hooks.items():
+            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            for module in modes:
+                module.training = False
+            model(images if images.ndim == 4 else images[None])
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy that no later block can change, in float32 or wider."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
+    """What each block of a stage retrieves from each block up to itself.
+
+    W[t, s] weighs the value of block s in what block t retrieves. It is 0 for s > t, and
+
+    * in MRLA-base, the softmax over s <= t of <q_t, k_s> / sqrt(d): rows sum to one,
+    * in MRLA-light, what the recursion `m_t = g_t * v_t + lam_t * m_{t-1}` amounts to, the gate of block s times the
+      product of lam over the blocks after it: `W[t, s] = g_s * lam_{s+1} * ... * lam_t`, of either sign. The shortcuts
+      of the models hold more than m_{t-1}, and m_{t-1} normed in most; W is of the recursion alone.
+
+    A stage of MRLA-base begins with an empty memory. One of MRLA-light begins where another module holds the blocks, or
+    the maps have another shape. A stage has the name of the module that holds its blocks, or that of its first block if
+    that module is the model or holds several stages.
+
+    The images pass through the model once, in evaluation mode, since in training mode a look would change the
+    statistics of norms. Then each module has the mode that it had, and no hook is left.
+
+    Args:
+        model: A model with layer attention.
+        images: Images [B, C, H, W] or one image [C, H, W], transformed as for the model, on any device.
+
+    Returns:
+        For each stage of T blocks, W [B, heads, T, T] of MRLA-base or [B, C, T, T] of MRLA-light, float32 or wider.
+
+    Raises:
+        ValueError: The model has no layer attention, or the images have another number of dimensions.
+    """
+    calls = []
+
+    def record(block: str, mrla: nn.Module) -> Callable[..., None]:
+        return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
+
+    _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in _layer_attentions(model).items()})
+
+    stages, last_place = [], None
+    for block, mrla, shape, out in calls:
+        holder = block.rpartition('.')[0]
+        if isinstance(mrla, MrlaBase):
+            row = _copy(out[0])
+            starts = row.shape[-1] == 1
+        else:
+            row = _copy(mrla.per_channel(out).flatten(2))
+            starts = last_place != (holder, shape)
+            if not starts:
+                row = torch.cat([stages[-1]['rows'][-1] * _copy(mrla.lam)[:, None], row], dim=-1)
+        last_place = (holder, shape)
+        if starts:
+            stages.append({'holder': holder, 'heads': shape[1] // mrla.attn.dim_head, 'blocks': [], 'rows': []})
+        stages[-1]['blocks'].append(block)
+        stages[-1]['rows'].append(row)
+
+    holders = Counter(stage['holder'] for stage in stages)
+    attention = LayerAttention()
+    for stage in stages:
+        name = stage['holder'] if stage['holder'] and holders[stage['holder']] == 1 else stage['blocks'][0]
+        T = len(stage['rows'])
+        attention[name] = torch.stack([F.pad(row, (0, T - row.shape[-1])) for row in stage['rows']], dim=-2)
+        attention.blocks[name] = stage['blocks']
+        attention.heads[name] = stage['heads']
+    return attention
+
+
+def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps of a block before and after its layer attention, whose difference is what that adds.
+
+    The model is run as by `layer_attention`.
+
+    Args:
+        model: A model with layer attention.
+        images: Images [B, C, H, W] or one image [C, H, W], transformed as for the model, on any device.
+        block: Name of the block, such as `layer3.5`.
+
+    Returns:
+        Both maps [B, C, H, W], of tokens that of the patches, float32 or wider.
+
+    Raises:
+        ValueError: As in `layer_attention`, or there is no layer attention in such a block.
+    """
+    attentions = _layer_attentions(model)
+    if block not in attentions:
+        raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(attentions)}')
+    maps = []
+
+    def record(mrla: nn.Module, args: tuple, kwargs: dict, out: tuple) -> None:
+        call = inspect.signature(mrla.forward).bind(*args, **kwargs).arguments
+        for x in (call['x'], out[0]):
+            maps.append(_copy(to_map(x, call['feat_size'])[1] if 'feat_size' in call else x))
+
+    _run(model, images, {attentions[block]: record})
+    before, after = maps
+    return before, after
