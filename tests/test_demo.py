@@ -22,7 +22,8 @@ def test_it_learns_writes_and_loads(tmp_path):
     assert loaded == trained
     assert 'timm-mrla run train.py' in result.stdout
     assert 'accuracy=' in result.stderr  # the progress bar
-    assert sorted(p.name for p in (tmp_path / 'runs' / 'digits').iterdir()) == ['config.json', 'model.safetensors']
+    files = sorted(p.name for p in (tmp_path / 'runs' / 'digits').iterdir())
+    assert files == ['README.md', 'config.json', 'model.safetensors']
     assert [p.name for p in (tmp_path / 'runs').iterdir()] == ['digits']
 
     model = timm.create_model(f'local-dir:{tmp_path}/runs/digits', pretrained=True).eval()
