@@ -1,21 +1,19 @@
-"""The README's Python runs as it stands there, from top to bottom."""
+"""The README's Python runs as it stands there, from top to bottom, but for the recipes of other test files."""
 
 import re
-from pathlib import Path
 
 import timm
 import torch
+from readme import README, RECIPES, code, sections
 
 import timm_mrla  # noqa: F401
-
-README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
 def test_python_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({'state_dict': timm.create_model('resnet50_mrla').state_dict()}, 'model_best.pth.tar')
     namespace = {}
-    blocks = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
+    blocks = code(README.replace(sections()[RECIPES], ''))
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), namespace)
     assert len(blocks) >= 5

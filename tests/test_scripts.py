@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import timm_mrla  # noqa: F401
 
@@ -26,22 +25,6 @@ pytestmark = [
 ]
 MODELS = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab']
 MODELS += ['efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla']
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    """An ImageFolder of two classes, red and blue noise."""
-    root = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, count in (('train', 8), ('val', 4)):
-        for channel, name in ((0, 'red'), (2, 'blue')):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 100, (64, 64, 3), dtype=np.uint8)
-                pixels[..., channel] += 150
-                Image.fromarray(pixels).save(folder / f'{i}.jpg')
-    return root
 
 
 def script(name, *args, cwd):
