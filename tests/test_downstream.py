@@ -32,8 +32,7 @@ def checkpoint(tmp_path):
             for _ in range(3):  # norms that have seen something
                 model.train()(torch.randn(8, 3, 64, 96))
         torch.save({'state_dict': model.state_dict()}, tmp_path / 'model_best.pth.tar')
-        overlay = {'file': str(tmp_path / 'model_best.pth.tar'), 'num_classes': model.num_classes}
-        return {'pretrained': True, 'pretrained_cfg_overlay': overlay}
+        return {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(tmp_path / 'model_best.pth.tar')}}
 
     return write
 
@@ -292,7 +291,7 @@ def test_int8(name, checkpoint):
     model, int8 = names['model'], names['int8']
     for x in batches:
         with torch.no_grad():
-            assert relative_error(int8(x), model(x)) < 0.1
+            assert relative_error(int8(x), model(x)) < 0.1  # a step of int8 is 1 % of a tensor's range
     quantized = [
         node
         for node in int8.graph.nodes
