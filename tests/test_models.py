@@ -398,6 +398,12 @@ def test_pruned_models_keep_their_taps_and_nothing_else(name, indices):
     assert model.eval()(x).isfinite().all()
 
 
+def test_a_frozen_ceit_is_pruned_frozen():
+    model = create('ceit_tiny_mrla').requires_grad_(False)
+    model.prune_intermediate_layers([1], prune_head=False)
+    assert not [n for n, p in model.named_parameters() if p.requires_grad]
+
+
 FEATURES = [(name, feature_cls) for name in RESNETS for feature_cls in (None, 'list', 'dict', 'getter', 'hook', 'fx')]
 FEATURES += [('efficientnet_b0_mrla', feature_cls) for feature_cls in (None, 'getter', 'hook', 'fx')]
 

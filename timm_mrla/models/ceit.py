@@ -261,7 +261,8 @@ class Ceit(LayerAttentionTransformer, VisionTransformer):
         if prune_head:
             self.lca = self.pos_layer_embed = None
         else:
-            self.pos_layer_embed = nn.Parameter(self.pos_layer_embed[:, : len(self.blocks)].detach())
+            kept = self.pos_layer_embed[:, : len(self.blocks)].detach()
+            self.pos_layer_embed = nn.Parameter(kept, self.pos_layer_embed.requires_grad)
         return taken
 
     def forward_blocks(
