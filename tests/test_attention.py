@@ -461,16 +461,15 @@ def test_command_mistakes_are_one_line_and_write_nothing(args, message, folder, 
     assert sorted(folder.rglob('*')) == before
 
 
-def test_a_missing_extra_is_named(folder):
-    code = """
-import sys
-sys.modules['matplotlib'] = None  # as if it were not installed
-sys.argv = ['timm-mrla', 'attention', 'resnet18_mrla', 'one.png']
-from timm_mrla.cli import main
-main()
-"""
-    result = subprocess.run([sys.executable, '-c', code], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.partition('.')[0] == 'matplotlib' or n == 'timm_mrla.look']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, 'timm_mrla.plot')
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)  # as if it were not installed
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'attention', 'resnet18_mrla', 'one.png'])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert 'needs matplotlib' in line
     assert "pip install 'timm-mrla[plot]'" in line

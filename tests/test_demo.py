@@ -9,9 +9,20 @@ import pytest
 import timm
 import torch
 
+from timm_mrla.cli import main
+
 
 def demo(*args, cwd):
     return subprocess.run([sys.executable, '-m', 'timm_mrla', 'demo', *args], cwd=cwd, capture_output=True, text=True)
+
+
+def refusal(args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'demo', *args])
+    with pytest.raises(SystemExit) as e:
+        main()
+    assert e.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def test_it_learns_writes_and_loads(tmp_path):
@@ -46,26 +57,18 @@ def test_another_entry(tmp_path):
         (['--out', 'taken'], "'taken' exists"),
     ],
 )
-def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path):
+def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkeypatch, capsys):
     (tmp_path / 'taken').mkdir()
-    result = demo(*args, cwd=tmp_path)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert message in line
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(args, monkeypatch, capsys)
     assert [p.name for p in tmp_path.rglob('*')] == ['taken']
 
 
 @pytest.mark.parametrize('module', ['sklearn', 'tqdm'])
-def test_a_missing_extra_is_named(module, tmp_path):
-    code = f"""
-import sys
-sys.modules[{module!r}] = None  # as if it were not installed
-sys.argv = ['timm-mrla', 'demo']
-from timm_mrla.cli import main
-main()
-"""
-    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert f'needs {module}' in line
-    assert "pip install 'timm-mrla[demo]'" in line
+def test_a_missing_extra_is_named(module, monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.partition('.')[0] == module or n == 'timm_mrla.demo']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    message = refusal([], monkeypatch, capsys)
+    assert f'needs {module}' in message
+    assert "pip install 'timm-mrla[demo]'" in message

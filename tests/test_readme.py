@@ -1,14 +1,12 @@
-"""The README's Python runs as it stands there, from top to bottom."""
+"""The README's Python runs as it stands there, from top to bottom, but for the recipes of other test files."""
 
 import re
-from pathlib import Path
 
 import safetensors.torch
 import timm
+from readme import README, RECIPES, code, sections
 
 from timm_mrla.hub import save_pretrained
-
-README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
 def test_python_blocks(tmp_path, monkeypatch, hub):
@@ -18,7 +16,7 @@ def test_python_blocks(tmp_path, monkeypatch, hub):
     weights = safetensors.torch.save(timm.create_model('resnet50').state_dict())
     hub.commit('timm/resnet50.a1_in1k', {'model.safetensors': weights})
     namespace = {}
-    blocks = re.findall(r'```python\n(.*?)```', README, flags=re.DOTALL)
+    blocks = code(README.replace(sections()[RECIPES], ''))
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), namespace)
     assert len(blocks) >= 5

@@ -5,6 +5,8 @@ TIMM_SCRIPTS names a folder that holds timm's train.py, validate.py, inference.p
 
 import csv
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from readme import code, sections
 
 import timm_mrla  # noqa: F401
 
@@ -26,22 +28,6 @@ pytestmark = [
 ]
 MODELS = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab']
 MODELS += ['efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla']
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    """An ImageFolder of two classes, red and blue noise."""
-    root = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, count in (('train', 8), ('val', 4)):
-        for channel, name in ((0, 'red'), (2, 'blue')):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 100, (64, 64, 3), dtype=np.uint8)
-                pixels[..., channel] += 150
-                Image.fromarray(pixels).save(folder / f'{i}.jpg')
-    return root
 
 
 def script(name, *args, cwd):
@@ -124,4 +110,22 @@ def test_the_plugin_flag_of_train(images, tmp_path):
     output = ['--device', 'cpu', '--output', tmp_path, '--experiment', 'run', '--layer-decay', 0.7]
     result = subprocess.run([*map(str, command + options + output)], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-5000:]
+    assert len(rows(tmp_path / 'run')) == 1
+
+
+@pytest.mark.parametrize(
+    ('number', 'model', 'batch', 'lr'),
+    [(0, 'resnet50_mrla', 256, 0.1), (1, 'deit_small_mrla', 1024, 1e-3), (2, 'efficientnet_b0_mrla', 768, 0.048)],
+)
+def test_the_papers_training(number, model, batch, lr, images, tmp_path):
+    """The README's command lines, for one epoch of a few small images, with the batch that they have in all."""
+    command = shlex.split(code(sections()["The paper's training"], 'bash')[number].replace('\\\n', ''))
+    processes, options = command[1], command[command.index('train.py') + 1 :]
+    assert int(processes.split('=')[1]) * int(options[options.index('-b') + 1]) == batch
+    small = ['--data-dir', images, '-b', 4, '--grad-accum-steps', batch // 4, '--epochs', 1, '--num-classes', 2]
+    small += [*size(model), '-j', 1, '--device', 'cpu', '--output', tmp_path, '--experiment', 'run']
+    small += ['--aug-repeats', 0]  # they need several processes, for which train.py needs as many GPUs
+    out = script('train.py', *options, *small, cwd=tmp_path)
+    (logged,) = re.findall(r'Learning rate \((.*?)\)', out)
+    assert float(logged) == pytest.approx(lr)
     assert len(rows(tmp_path / 'run')) == 1

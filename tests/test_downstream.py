@@ -1,0 +1,313 @@
+"""The models inside other libraries, by the README's recipes. The libraries are those of the extra `downstream`."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image, ImageDraw
+from readme import recipe
+from torch import nn
+
+from timm_mrla.layers import MrlaBase
+
+pytestmark = pytest.mark.downstream
+BACKBONES = ['resnet50_mrla', 'resnet50_mrlab', 'pvt_v2_b0_mrla', 'efficientnet_b0_mrla']
+backbones = pytest.mark.parametrize('name', BACKBONES)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A function that writes a model's checkpoint, and gives the arguments which read it."""
+
+    def write(model):
+        with torch.no_grad():
+            for _ in range(3):  # norms that have seen something
+                model.train()(torch.randn(8, 3, 64, 96))
+        torch.save({'state_dict': model.state_dict()}, tmp_path / 'model_best.pth.tar')
+        return {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(tmp_path / 'model_best.pth.tar')}}
+
+    return write
+
+
+def assert_layer_attention_learns(model, loss):
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if '.mrla.' in n}
+    assert grads
+    assert all(grad.isfinite().all() for grad in grads.values())
+    # the softmax of MRLA-base over the first block of a stage alone is one, whatever the query
+    base = any(isinstance(m, MrlaBase) for m in model.modules())
+    idle = {n for n in grads if base and n.endswith('.0.mrla.attn.q.weight')}
+    assert {n for n, grad in grads.items() if not grad.any()} == idle
+
+
+COLOURS = {'square': (230, 40, 40), 'triangle': (40, 230, 40), 'disc': (40, 40, 230)}
+CORNERS = [4, 3, 16]
+
+
+def write_shapes(folder, count, seed):
+    """A data set in COCO's format: images of one to three shapes, and annotations.json."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    for i in range(count):
+        image = Image.new('RGB', (96, 96), (int(rng.integers(60, 120)),) * 3)
+        for quarter in rng.permutation(4)[: rng.integers(1, 4)]:
+            shape = int(rng.integers(3))
+            radius = rng.uniform(14, 23)
+            centre = 48 * np.array([quarter % 2, quarter // 2]) + rng.uniform(radius, 48 - radius, 2)
+            angles = np.pi * (0.25 + 2 * np.arange(CORNERS[shape]) / CORNERS[shape])
+            polygon = centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+            ImageDraw.Draw(image).polygon([*map(tuple, polygon)], fill=[*COLOURS.values()][shape])
+            size = np.ptp(polygon, 0)
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': i,
+                    'category_id': shape + 1,
+                    'bbox': [*polygon.min(0), *size],
+                    'area': size.prod(),
+                    'iscrowd': 0,
+                    'segmentation': [polygon.flatten().tolist()],
+                }
+            )
+        image.save(folder / f'{i}.png')
+        images.append({'id': i, 'file_name': f'{i}.png', 'width': 96, 'height': 96})
+    categories = [{'id': i, 'name': name} for i, name in enumerate(COLOURS, 1)]
+    data = {'images': images, 'annotations': annotations, 'categories': categories}
+    (folder / 'annotations.json').write_text(json.dumps(data))
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    """torchvision's view of two such sets, for training and for validation."""
+    from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+    from torchvision.transforms import v2
+
+    transforms = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    sets = []
+    for seed, count in enumerate((64, 24)):
+        folder = tmp_path_factory.mktemp('shapes')
+        write_shapes(folder, count, seed)
+        data = CocoDetection(folder, folder / 'annotations.json', transforms=transforms)
+        sets.append(wrap_dataset_for_transforms_v2(data, ('image_id', 'boxes', 'labels', 'masks')))
+    return sets
+
+
+@pytest.fixture(scope='module')
+def detection():
+    return recipe('Object detection and instance segmentation')
+
+
+def detector(detection, kind, name):
+    width, kwargs = 64, {'num_classes': 4, 'min_size': 96, 'max_size': 96}
+    if kind == 'RetinaNet':
+        backbone = detection['Backbone'](name, 3, detection['LastLevelP6P7'](width, width), width)
+    else:
+        backbone = detection['Backbone'](name, 4, detection['LastLevelMaxPool'](), width)
+        # fewer regions, for speed
+        kwargs.update(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=50, box_batch_size_per_image=64)
+    return detection[kind](backbone, **kwargs)
+
+
+@backbones
+@pytest.mark.parametrize('kind', ['FasterRCNN', 'MaskRCNN', 'RetinaNet'])
+def test_detectors_learn(detection, shapes, kind, name):
+    model = detector(detection, kind, name)
+    images, targets = zip(*(shapes[0][i] for i in range(2)), strict=True)
+    losses = model(images, targets)
+    assert len(losses) == {'FasterRCNN': 4, 'MaskRCNN': 5, 'RetinaNet': 2}[kind]
+    assert_layer_attention_learns(model, sum(losses.values()))
+    if kind != 'RetinaNet':
+        levels = model.backbone(torch.stack(images))
+        pooled = model.roi_heads.box_roi_pool.featmap_names
+        assert len(pooled) == 4
+        assert [*levels] == [*pooled, 'pool']
+
+
+def test_a_detector_finds_the_shapes(detection, shapes):
+    from pycocotools.cocoeval import COCOeval
+    from torchvision.ops import box_convert
+
+    train, val = shapes
+    model = detector(detection, 'FasterRCNN', 'efficientnet_b0_mrla')
+    steps = 80
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
+    losses = []
+    for _ in range(steps):
+        images, targets = zip(*(train[i] for i in torch.randint(len(train), (4,)).tolist()), strict=True)
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) / 2
+
+    found = []
+    model.eval()
+    for image, target in val:
+        with torch.no_grad():
+            (out,) = model([image])
+        boxes = box_convert(out['boxes'], 'xyxy', 'xywh').tolist()
+        for box, label, score in zip(boxes, out['labels'].tolist(), out['scores'].tolist(), strict=True):
+            found.append({'image_id': target['image_id'], 'category_id': label, 'bbox': box, 'score': score})
+    evaluation = COCOeval(val.coco, val.coco.loadRes(found), 'bbox')
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[1] > 0.5  # AP at an IoU of 0.5
+
+
+@backbones
+def test_a_backbone_starts_from_a_checkpoint_and_keeps_its_norms(detection, checkpoint, name):
+    model = timm.create_model(name)
+    backbone = detection['Backbone'](name, 4, None, 32, **checkpoint(model))
+    timm.utils.model.freeze_batch_norm_2d(backbone.body)
+    assert not [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    x = torch.randn(2, 3, 64, 96)
+    expected = model.eval().forward_intermediates(x, 4, intermediates_only=True)
+    torch.testing.assert_close(backbone.train().body(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def segmentation():
+    return recipe('Semantic segmentation')
+
+
+@pytest.mark.parametrize('kind', ['unet', 'fpn', 'deeplab', 'dpt'])
+def test_segmentation(segmentation, kind):
+    model = segmentation[kind]
+    x = torch.randn(2, 3, 64, 96)
+    if kind == 'deeplab':
+        assert model.encoder(x)[-1].shape == (2, 2048, 4, 6)
+    out = model(x)
+    assert out.shape == (2, 21, 64, 96)
+    assert_layer_attention_learns(model, nn.functional.cross_entropy(out, torch.randint(21, (2, 64, 96))))
+
+
+def test_segmentation_starts_from_a_checkpoint(segmentation, checkpoint):
+    model = timm.create_model('resnet50_mrla')
+    overlay = checkpoint(model)['pretrained_cfg_overlay']
+    unet = segmentation['smp'].Unet('tu-resnet50_mrla', encoder_weights=True, pretrained_cfg_overlay=overlay)
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith('fc.')}
+    torch.testing.assert_close(dict(unet.encoder.model.state_dict()), expected, rtol=0, atol=0)
+
+
+def test_transformers_detector(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = recipe('transformers')['detector']
+    x = torch.randn(2, 3, 128, 160)
+    labels = {'class_labels': torch.tensor([0, 1]), 'boxes': torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.3, 0.3, 0.2, 0.2]])}
+    assert_layer_attention_learns(model, model(pixel_values=x, labels=[labels, labels]).loss)
+    model.eval().save_pretrained('detector')
+    loaded = type(model).from_pretrained('detector').eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {"'resnet50_mrla', num": "'deit_tiny_mrla', img_size=64, num", 'model_args={}': "model_args={'img_size': 64}"},
+    ],
+    ids=['resnet', 'deit'],
+)
+def test_transformers_classifier(changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = recipe('transformers', changes)
+    x = torch.randn(2, 3, 64, 64)
+    again = names['AutoModelForImageClassification'].from_pretrained('transformers-folder')
+    timms = timm.create_model('local-dir:transformers-folder', pretrained=True)
+    with torch.no_grad():
+        expected = names['model'].eval()(x)
+        assert expected.shape == (2, 10)
+        assert torch.equal(names['classifier'].eval()(x).logits, expected)
+        assert torch.equal(again.eval()(x).logits, expected)
+        assert torch.equal(timms.eval()(x), expected)
+
+
+def test_fastai(images):
+    changes = {"'DATA'": f"'{images}'", 'Resize(224)': 'Resize(64)', 'bs=64': 'bs=4, num_workers=0'}
+    learner = recipe('fastai', changes)['learner']
+    losses = [float(row[0]) for row in learner.recorder.values]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    x, y = learner.dls.one_batch()
+    assert_layer_attention_learns(learner.model, learner.loss_func(learner.model(x), y))
+
+
+# small ones of each kind; those of tokens at one image size
+EXPORTED = {
+    'resnet18_mrla': {},
+    'resnet18_mrlab': {},
+    'efficientnet_b0_mrla': {},
+    'pvt_v2_b0_mrla': {'depths': (1, 2, 1, 1)},
+    'pvt_v2_b0_mrlab': {'depths': (1, 2, 1, 1)},
+    'deit_tiny_mrla': {'img_size': (64, 96), 'depth': 3},
+    'deit_tiny_mrlab': {'img_size': (64, 96), 'depth': 5},
+    'ceit_tiny_mrla': {'img_size': (64, 96), 'depth': 3},
+}
+
+
+def export(heading, name, arguments):
+    """A recipe's names for another model, and images of the size of the example and of others."""
+    arguments = ', '.join(f'{k}={v!r}' for k, v in {**EXPORTED[name], **arguments}.items())
+    names = recipe(heading, {"'resnet50_mrla'": f"'{name}', {arguments}", '8, 3, 224, 224': '8, 3, 64, 96'})
+    sizes = [(8, 3, 64, 96), (5, 3, 64, 96) if 'img_size' in EXPORTED[name] else (5, 3, 77, 128)]
+    return names, [torch.randn(size) for size in sizes]
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize('name', EXPORTED)
+def test_onnx(name, tmp_path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.chdir(tmp_path)
+    names, batches = export('ONNX', name, {})
+    session = onnxruntime.InferenceSession('model.onnx')
+    (source,) = session.get_inputs()
+    for x in batches:
+        (out,) = session.run(None, {source.name: x.numpy()})
+        with torch.no_grad():
+            assert relative_error(torch.from_numpy(out), names['model'](x)) < 1e-4
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'deit_tiny_mrla'])
+def test_int8(name, checkpoint):
+    names, batches = export('int8', name, checkpoint(timm.create_model(name, **EXPORTED[name])))
+    model, int8 = names['model'], names['int8']
+    for x in batches:
+        with torch.no_grad():
+            assert relative_error(int8(x), model(x)) < 0.1  # a step of int8 is 1 % of a tensor's range
+    quantized = [
+        node
+        for node in int8.graph.nodes
+        if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
+        and 'dequantize' in str(node.args[1].target)
+    ]
+    assert len(quantized) == len([m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)])
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_mrla', 'pvt_v2_b0_mrla'])
+def test_int8_linear_layers(name):
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = timm.create_model(name, **EXPORTED[name]).eval()
+    int8 = copy.deepcopy(model)
+    quantize_(int8, Int8DynamicActivationInt8WeightConfig())
+    x = torch.randn(8, 3, 64, 96)
+    with torch.no_grad():
+        assert 0 < relative_error(int8(x), model(x)) < 0.1
