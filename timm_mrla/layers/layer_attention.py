@@ -22,6 +22,7 @@ import math
 import torch
 from timm.layers import DropPath
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaLight']
 
@@ -98,6 +99,7 @@ class _LayerAttention(nn.Module):
         self.norm = norm_layer(dim, **dd) if norm_layer else nn.Identity()
         self.act = act_layer() if act_layer else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.scale = self.bias = None  # of a folded norm
 
     def gates(self) -> list[nn.Parameter]:
         """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
@@ -119,6 +121,17 @@ class _LayerAttention(nn.Module):
         """
         m, memory = self.retrieve(x, o, memory)
         return x + self.drop_path(self.act(self.norm(m))), memory
+
+
+def _fold(norm: nn.Module) -> tuple[torch.Tensor, nn.Parameter]:
+    """Scale and bias [C] of a batch norm in evaluation mode."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, nn.Parameter(norm.bias - norm.running_mean * scale)
+
+
+def _is_linear(norm: nn.Module) -> bool:
+    """Whether a norm is, in evaluation mode, a scale and a bias for each channel."""
+    return isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity)
 
 
 class MrlaLight(_LayerAttention):
@@ -155,11 +168,26 @@ class MrlaLight(_LayerAttention):
         """Draw lam from N(0, 1), as the paper's code does."""
         nn.init.normal_(self.lam)
 
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold batch norms into v, lam and one bias, for inference; timm's `reparameterize_model` calls this."""
+        if _is_linear(self.norm_v):
+            self.v, self.norm_v = fuse_conv_bn_eval(self.v.eval(), self.norm_v.eval()), nn.Identity()
+        if _is_linear(self.norm) and isinstance(self.act_v, nn.Identity):
+            scale, self.bias = _fold(self.norm)
+            self.norm = nn.Identity()
+            self.lam *= scale
+            self.v.weight *= scale[:, None, None, None]
+            if self.v.bias is not None:
+                self.v.bias *= scale
+
     def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """m [B, C, H, W] of the block that returned x, and the memory."""
         v = self.act_v(self.norm_v(self.v(x)))
         # lam in o's dtype: under autocast a float32 lam would make a float32 map of everything that follows
-        return self.per_channel(self.attn(x)) * v + self.lam.to(o.dtype)[:, None, None] * o, memory
+        lam = self.lam.to(o.dtype)[:, None, None]
+        past = lam * o if self.bias is None else torch.addcmul(self.bias.to(o.dtype)[:, None, None], lam, o)
+        return torch.addcmul(past, self.per_channel(self.attn(x)), v), memory
 
 
 class MrlaBase(_LayerAttention):
@@ -167,11 +195,25 @@ class MrlaBase(_LayerAttention):
 
     weights_layer = BaseWeights
 
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Fold a batch norm into the weights and one bias, for inference; timm's `reparameterize_model` calls this."""
+        if _is_linear(self.norm):
+            scale, self.bias = _fold(self.norm)
+            self.scale = nn.Parameter(scale)
+            self.norm = nn.Identity()
+
+    def per_channel(self, weights: torch.Tensor) -> torch.Tensor:
+        """[B, heads] -> [B, C, 1, 1]"""
+        weights = super().per_channel(weights)
+        return weights if self.scale is None else weights * self.scale.to(weights.dtype)[:, None, None]
+
     def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """m [B, C, H, W] of the block that returned x, and the memory with its key and value."""
         weights, k = self.attn(x, [key for key, _ in memory])
         memory = [*memory, (k, self.v(x))]
-        m = self.per_channel(weights[..., 0]) * memory[0][1]
-        for s, (_, v) in enumerate(memory[1:], 1):
-            m = torch.addcmul(m, self.per_channel(weights[..., s]), v)
+        m = None if self.bias is None else self.bias.to(memory[0][1].dtype)[:, None, None]
+        for s, (_, v) in enumerate(memory):
+            weight = self.per_channel(weights[..., s])
+            m = weight * v if m is None else torch.addcmul(m, weight, v)
         return m, memory

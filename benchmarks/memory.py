@@ -1,0 +1,71 @@
+"""Bytes that a training step saves for backward, as ratios to timm's plain backbone.
+
+    python benchmarks/memory.py --models resnet50_mrla resnet50_mrlab
+
+Counted are the storages that autograd saves, each once, parameters left out; on CUDA also the peak of allocated memory.
+"""
+
+import argparse
+
+import timm
+import torch
+from flops import backbone, input_size
+from report import report
+from torch import nn
+from tqdm import tqdm
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the storages that a forward pass saves for backward."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)  # noqa: F841  holds what is saved, so that no address is given twice
+    return sum(size for pointer, size in saved.items() if pointer not in parameters)
+
+
+def measure(name: str, kwargs: dict[str, object], entry: str, args: argparse.Namespace) -> tuple[float, float]:
+    """MiB saved for backward and MiB at the peak of a training step, per image."""
+    model = timm.create_model(name, **kwargs).to(args.device).train()
+    x = torch.randn(args.batch_size, *input_size(entry), device=args.device)
+    saved, peak = saved_bytes(model, x), 0
+    if args.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        model(x).sum().backward()
+        peak = torch.cuda.max_memory_allocated()
+    return saved / 2**20 / args.batch_size, peak / 2**20 / args.batch_size
+
+
+def main() -> None:
+    """Measure all models and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--models', nargs='+', default=['resnet50_mrla'])
+    parser.add_argument('--batch-size', type=int, default=2)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--json', metavar='PATH', help='write the results there too')
+    args = parser.parse_args()
+
+    rows = []
+    for entry in tqdm(args.models):
+        plain, kwargs = backbone(entry)
+        saved, peak = measure(entry, {}, entry, args)
+        plain_saved, plain_peak = measure(plain, kwargs, entry, args)
+        row = {
+            'model': entry,
+            'MiB per image': saved,
+            'backbone': plain,
+            'its MiB': plain_saved,
+            'ratio': saved / plain_saved,
+        }
+        rows.append({**row, 'peak': peak, 'its peak': plain_peak} if args.device == 'cuda' else row)
+    report(rows, args.device, args.json)
+
+
+if __name__ == '__main__':
+    main()
