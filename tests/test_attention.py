@@ -12,6 +12,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from timm.models import save_for_hf
+from timm.utils.model import reparameterize_model
 from torch import nn
 
 from timm_mrla import feature_maps, layer_attention
@@ -281,6 +282,8 @@ def test_mistakes_are_one_sentence():
     with pytest.raises(ValueError, match=r'^ResNet has no layer attention; '):
         layer_attention(timm.create_model('resnet18', device='meta'), images())
     model = create('resnet18_mrla')
+    with pytest.raises(ValueError, match='look at it before it is reparameterized'):
+        layer_attention(reparameterize_model(model), images())
     with pytest.raises(ValueError, match=r"^there is no layer attention in 'layer9'; it is in layer1\.0, layer1\.1, "):
         feature_maps(model, images(), 'layer9')
     with pytest.raises(ValueError, match=r'^images \[48, 64\] are neither'):

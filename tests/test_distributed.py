@@ -41,7 +41,7 @@ def train_half(rank, name, checkpointing, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(('name', 'checkpointing'), zip(MODELS, (False, True, True, False), strict=True))
+@pytest.mark.parametrize(('name', 'checkpointing'), [*zip(MODELS, (False, True, True, False), strict=True)])
 def test_gradients_are_those_of_the_whole_batch(name, checkpointing, tmp_path):
     torch.multiprocessing.spawn(train_half, (name, checkpointing, str(tmp_path)), nprocs=2)
     model = create(name)

@@ -103,7 +103,13 @@ def test_interrupt(tmp_path):
     script = write(tmp_path, "import time, timm\nprint('ready', flush=True)\ntime.sleep(60)")
     results = []
     for command in (PYTHON, COMMAND):
-        process = subprocess.Popen([*command, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        )
         assert process.stdout.readline() == 'ready\n'
         time.sleep(0.2)  # into the sleep
         process.send_signal(signal.SIGINT)

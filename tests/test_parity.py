@@ -78,9 +78,17 @@ def test_logits_and_gradients(name):
     assert not ours
 
 
-@pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('wrapper', ['state_dict', 'model'])
-@pytest.mark.parametrize('source', ['file', 'state_dict'])
+@pytest.mark.parametrize(
+    ('name', 'wrapper', 'source'),
+    [
+        ('resnet50_mrlal', 'state_dict', 'file'),
+        ('resnet50_mrlab', 'state_dict', 'state_dict'),
+        ('deit_mrlal_tiny_patch16_224', 'model', 'file'),
+        ('deit_mrlab_tiny_patch16_224', 'state_dict', 'state_dict'),
+        ('ceit_mrla_tiny_patch16_224', 'model', 'state_dict'),
+        ('efficientnet_mrla_b0', 'state_dict', 'file'),
+    ],
+)
 def test_checkpoints_of_the_authors_load_as_they_were_saved(name, wrapper, source, tmp_path):
     """Wrapped, with the prefix of DistributedDataParallel, an optimizer and an epoch beside the weights."""
     _, state_dict, _ = reference(name)

@@ -85,14 +85,18 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
         For each stage of T blocks, W [B, heads, T, T] of MRLA-base or [B, C, T, T] of MRLA-light, float32 or wider.
 
     Raises:
-        ValueError: The model has no layer attention, or the images have another number of dimensions.
+        ValueError: The model has no layer attention or was reparameterized, or the images have another number of
+            dimensions.
     """
     calls = []
 
     def record(block: str, mrla: nn.Module) -> Callable[..., None]:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
-    _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in _layer_attentions(model).items()})
+    attentions = _layer_attentions(model)
+    if any(mrla.bias is not None for mrla in attentions.values()):
+        raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
+    _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
 
     stages, last_place = [], None
     for block, mrla, shape, out in calls:
