@@ -13,23 +13,13 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_timm import SMALL
 from timm.layers import to_ntuple
 from timm.models import save_for_hf
 
 from timm_mrla.cli import main
 from timm_mrla.hub import model_card, push_to_hub, save_pretrained
 
-SMALL = [
-    'resnet18_mrla',
-    'resnet18_mrlab',
-    'deit_tiny_mrla',
-    'deit_tiny_mrlab',
-    'deit_tiny_distilled_mrla',
-    'ceit_tiny_mrla',
-    'efficientnet_b0_mrla',
-    'pvt_v2_b0_mrla',
-    'pvt_v2_b0_mrlab',
-]
 REPO = 'user/model.in1k'
 
 

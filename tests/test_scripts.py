@@ -75,7 +75,7 @@ def test_train_resume_validate_infer_and_export(model, images, tmp_path):
         *size(model),
     ]
     loader = ['--data-dir', images / 'val', '-b', 4, '-j', 1, '--device', 'cpu']
-    assert '"top1"' in script('validate.py', *checkpoint, *loader, cwd=tmp_path)
+    assert '"top1"' in script('validate.py', *checkpoint, *loader, '--reparam', cwd=tmp_path)
     results = ['--fullname', '--results-dir', tmp_path / 'results', '--results-format', 'csv']
     script('inference.py', *checkpoint, *loader, *results, cwd=tmp_path)
     (table,) = (tmp_path / 'results').glob('*.csv')
