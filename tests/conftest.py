@@ -1,5 +1,9 @@
 """What test files share."""
 
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run in two processes; before torch is imported
+
 import huggingface_hub.constants as constants
 import numpy as np
 import pytest
