@@ -59,9 +59,8 @@ def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> 
         name: Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads())
         for name, step in steps.items()
     }
-    number = 1 + int(
-        args.seconds / max(timer.timeit(2).mean for timer in timers.values())
-    )  # compiles and warms up, too
+    slowest = max(timer.timeit(2).mean for timer in timers.values())  # compiles and warms up, too
+    number = 1 + int(args.seconds / slowest)
     seconds = {name: [] for name in timers}
     for i in range(args.rounds):
         for name in sorted(timers, reverse=i % 2 == 1):

@@ -6,8 +6,7 @@ import torch
 from timm.utils.model import reparameterize_model
 from torch import nn
 
-import timm_mrla  # noqa: F401
-from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers import layer_attentions
 
 MODELS = [
     'resnet18_mrla',
@@ -39,6 +38,6 @@ def test_equal_outputs(name, dtype, tolerance):
     folded = reparameterize_model(model)
     expected = model(x)
     torch.testing.assert_close(folded(x), expected, rtol=tolerance, atol=tolerance * expected.std().item())
-    layers = [module for module in folded.modules() if isinstance(module, MrlaBase | MrlaLight)]
+    layers = layer_attentions(folded).values()
     assert not any(isinstance(m, nn.BatchNorm2d) for layer in layers for m in layer.modules())
     assert all((layer.bias is None) == name.startswith(('deit', 'pvt', 'ceit')) for layer in layers)

@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg, save_for_hf
 
 from benchmarks.flops import backbone
 from timm_mrla.hub import push_to_hub, save_pretrained
-from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers import layer_attentions
 
 WARM = {
     'resnet18_mrla': 'a1_in1k',
@@ -49,10 +49,6 @@ def warm(name, **kwargs):
     return timm.create_model(f'{name}.warmstart_{WARM[name]}', pretrained=True, **kwargs)
 
 
-def layer_attentions(model):
-    return [module for module in model.modules() if isinstance(module, MrlaBase | MrlaLight)]
-
-
 @pytest.mark.parametrize('name', WARM)
 def test_it_computes_what_the_backbone_computes(name, hub):
     """To the last bit, in eval mode and, batch norm or not, in train mode; the gates have gradients."""
@@ -66,7 +62,7 @@ def test_it_computes_what_the_backbone_computes(name, hub):
     assert all(torch.equal(v, theirs[k]) for k, v in plain.state_dict().items())
 
     (actual if isinstance(actual, torch.Tensor) else torch.cat(actual)).square().sum().backward()
-    layers = layer_attentions(model)
+    layers = [*layer_attentions(model).values()]
     # the head of a DeiT reads no patch of the last block, so that nothing tells its lam what to do, trained or not
     dead = layers[-1].lam if name.startswith('deit') and hasattr(layers[-1], 'lam') else None
     assert all(gate.grad.any() for layer in layers for gate in layer.gates() if gate is not dead)

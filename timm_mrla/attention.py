@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_mrla.layers import MrlaBase, MrlaLight, to_map
+from timm_mrla.layers import MrlaBase, layer_attentions, to_map
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 
@@ -23,9 +23,9 @@ class LayerAttention(dict[str, torch.Tensor]):
         self.heads: dict[str, int] = {}
 
 
-def _layer_attentions(model: nn.Module) -> dict[str, nn.Module]:
+def _by_block(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attentions by the blocks that hold them, or by their own names where one module holds several."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, MrlaLight | MrlaBase)}
+    found = layer_attentions(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layer attention; timm.list_models('*_mrla*') lists models that have it"
@@ -93,7 +93,7 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
     def record(block: str, mrla: nn.Module) -> Callable[..., None]:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
-    attentions = _layer_attentions(model)
+    attentions = _by_block(model)
     if any(mrla.bias is not None for mrla in attentions.values()):
         raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
     _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
@@ -142,7 +142,7 @@ def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[to
     Raises:
         ValueError: As in `layer_attention`, or there is no layer attention in such a block.
     """
-    attentions = _layer_attentions(model)
+    attentions = _by_block(model)
     if block not in attentions:
         raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(attentions)}')
     maps = []

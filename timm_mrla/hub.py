@@ -14,7 +14,8 @@ from timm.models import get_pretrained_cfg, is_model, load_state_dict, model_ent
 from torch import nn
 
 import timm_mrla.models
-from timm_mrla.models._weights import convert_state_dict, layer_attentions
+from timm_mrla.layers import layer_attentions
+from timm_mrla.models._weights import convert_state_dict
 
 __all__ = ['check_model', 'check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
 
@@ -187,7 +188,7 @@ def save_pretrained(
         raise ValueError(
             f"{architecture!r} is no model of timm-mrla; timm's own push_to_hf_hub and save_for_hf are for it"
         )
-    if not any(gate.any() for layer in layer_attentions(model) for gate in layer.gates()):
+    if not any(gate.any() for layer in layer_attentions(model).values() for gate in layer.gates()):
         raise ValueError(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
         )

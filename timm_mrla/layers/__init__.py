@@ -1,4 +1,11 @@
-from timm_mrla.layers.layer_attention import BaseWeights, LightWeights, Memory, MrlaBase, MrlaLight
+from timm_mrla.layers.layer_attention import (
+    BaseWeights,
+    LightWeights,
+    Memory,
+    MrlaBase,
+    MrlaLight,
+    layer_attentions,
+)
 from timm_mrla.layers.tokens import MrlaBaseTokens, MrlaLightTokens, to_map, to_tokens
 
 __all__ = [
@@ -9,6 +16,7 @@ __all__ = [
     'MrlaBaseTokens',
     'MrlaLight',
     'MrlaLightTokens',
+    'layer_attentions',
     'to_map',
     'to_tokens',
 ]

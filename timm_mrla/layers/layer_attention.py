@@ -24,7 +24,7 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaLight']
+__all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaLight', 'layer_attentions']
 
 Memory = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -217,3 +217,8 @@ class MrlaBase(_LayerAttention):
             weight = self.per_channel(weights[..., s])
             m = weight * v if m is None else torch.addcmul(m, weight, v)
         return m, memory
+
+
+def layer_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The layer attentions of a model, on maps and on tokens, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _LayerAttention)}

@@ -10,13 +10,12 @@ from timm.layers import to_ntuple
 from timm.models import PretrainedCfg, clean_state_dict, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
-from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers import layer_attentions
 
 __all__ = [
     'convert_state_dict',
     'fit_state_dict',
     'is_warm_start',
-    'layer_attentions',
     'source_of',
     'warm_start_cfgs',
 ]
@@ -73,11 +72,6 @@ def source_of(cfg: PretrainedCfg) -> str:
     return 'the given state dict' if cfg.state_dict else str(cfg.file or cfg.hf_hub_id or '')
 
 
-def layer_attentions(model: nn.Module) -> list[nn.Module]:
-    """The layer attentions of a model."""
-    return [module for module in model.modules() if isinstance(module, MrlaBase | MrlaLight)]
-
-
 def fit_state_dict(
     state_dict: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg
 ) -> dict[str, torch.Tensor]:
@@ -99,7 +93,7 @@ def fit_state_dict(
         raise RuntimeError('there is no state dict in it')
     warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
     if warm:
-        for layer in layer_attentions(model):
+        for layer in layer_attentions(model).values():
             for gate in layer.gates():
                 nn.init.zeros_(gate)
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if '.mrla.' in k}}
