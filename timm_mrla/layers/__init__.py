@@ -6,6 +6,7 @@ from timm_mrla.layers.layer_attention import (
     MrlaLight,
     layer_attentions,
 )
+from timm_mrla.layers.recompute import recompute
 from timm_mrla.layers.tokens import MrlaBaseTokens, MrlaLightTokens, to_map, to_tokens
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     'MrlaLight',
     'MrlaLightTokens',
     'layer_attentions',
+    'recompute',
     'to_map',
     'to_tokens',
 ]

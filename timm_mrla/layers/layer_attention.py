@@ -20,9 +20,12 @@ of the stage so far, empty at its start. It is passed from block to block and st
 import math
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from timm_mrla.layers.recompute import recompute
 
 __all__ = ['BaseWeights', 'LightWeights', 'Memory', 'MrlaBase', 'MrlaLight', 'layer_attentions']
 
@@ -46,9 +49,13 @@ class _QueryKey(nn.Module):
 
     def query_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Query and key [B, heads, dim_head] of a map [B, C, H, W]."""
-        y = x.mean((2, 3)).unsqueeze(1)  # [B, 1, C]
+        # the gradient of a sum is a view, where that of a mean is a map; float16 cannot hold the sum of a large map
+        y = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
+        # one convolution over an image of height B: a batch of tiny 1-d convolutions takes several times as long
+        kernels = torch.stack([self.q.weight, self.k.weight])
+        q, k = F.conv2d(y.to(x.dtype)[None, None], kernels, padding=(0, kernels.shape[-1] // 2))[0]
         shape = (x.shape[0], -1, self.dim_head)
-        return self.q(y).reshape(shape), self.k(y).reshape(shape)
+        return q.reshape(shape), k.reshape(shape)
 
 
 class LightWeights(_QueryKey):
@@ -73,6 +80,8 @@ class BaseWeights(_QueryKey):
 
 class _LayerAttention(nn.Module):
     """What MRLA adds to a block. A subclass says how weights and values make m, in `retrieve`."""
+
+    recompute = False  # what backward needs of the branch, rather than save it
 
     def __init__(
         self,
@@ -109,6 +118,20 @@ class _LayerAttention(nn.Module):
         """[B, heads] -> [B, C, 1, 1]"""
         return weights.unsqueeze(-1).expand(-1, -1, self.attn.dim_head).flatten(1)[:, :, None, None]
 
+    def add_bias(self, m: torch.Tensor) -> torch.Tensor:
+        """m with the bias of a folded norm."""
+        return m if self.bias is None else m.add_(self.bias.to(m.dtype)[:, None, None])
+
+    def branch(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
+        """What is added to x, but for drop_path, and the memory for the next block."""
+        m, memory = self.retrieve(x, o, memory)
+        return self.act(self.norm(m)), memory
+
+    def add_branch(self, x: torch.Tensor, *args) -> tuple[torch.Tensor, Memory]:
+        """x with the branch added to it, and the memory for the next block."""
+        m, memory = recompute(self, self.branch, x, *args) if self.recompute else self.branch(x, *args)
+        return x + self.drop_path(m), memory
+
     def forward(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """
         Args:
@@ -119,8 +142,7 @@ class _LayerAttention(nn.Module):
         Returns:
             x with what was retrieved added to it, and the memory for the next block.
         """
-        m, memory = self.retrieve(x, o, memory)
-        return x + self.drop_path(self.act(self.norm(m))), memory
+        return self.add_branch(x, o, memory)
 
 
 def _fold(norm: nn.Module) -> tuple[torch.Tensor, nn.Parameter]:
@@ -184,10 +206,9 @@ class MrlaLight(_LayerAttention):
     def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """m [B, C, H, W] of the block that returned x, and the memory."""
         v = self.act_v(self.norm_v(self.v(x)))
-        # lam in o's dtype: under autocast a float32 lam would make a float32 map of everything that follows
-        lam = self.lam.to(o.dtype)[:, None, None]
-        past = lam * o if self.bias is None else torch.addcmul(self.bias.to(o.dtype)[:, None, None], lam, o)
-        return torch.addcmul(past, self.per_channel(self.attn(x)), v), memory
+        m = self.per_channel(self.attn(x)).to(v.dtype) * v
+        m.addcmul_(self.lam.to(v.dtype)[:, None, None], o)
+        return self.add_bias(m), memory
 
 
 class MrlaBase(_LayerAttention):
@@ -212,11 +233,11 @@ class MrlaBase(_LayerAttention):
         """m [B, C, H, W] of the block that returned x, and the memory with its key and value."""
         weights, k = self.attn(x, [key for key, _ in memory])
         memory = [*memory, (k, self.v(x))]
-        m = None if self.bias is None else self.bias.to(memory[0][1].dtype)[:, None, None]
+        m = 0
         for s, (_, v) in enumerate(memory):
-            weight = self.per_channel(weights[..., s])
-            m = weight * v if m is None else torch.addcmul(m, weight, v)
-        return m, memory
+            weight = self.per_channel(weights[..., s]).to(v.dtype)
+            m = weight * v if s == 0 else m.addcmul_(weight, v)
+        return self.add_bias(m), memory
 
 
 def layer_attentions(model: nn.Module) -> dict[str, nn.Module]:

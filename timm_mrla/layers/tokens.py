@@ -53,6 +53,19 @@ class _Tokens:
         """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
         return list(self.norm_x.parameters())
 
+    def branch(
+        self,
+        x: torch.Tensor,
+        o: torch.Tensor,
+        feat_size: tuple[int, int],
+        memory: Memory,
+    ) -> tuple[torch.Tensor, Memory]:
+        """What is added to x, but for drop_path, and the memory for the next block."""
+        prefix, x = to_map(self.norm_x(x), feat_size)
+        _, o = to_map(self.norm_o(o), feat_size)
+        m, memory = super().branch(x, o, memory)
+        return to_tokens(prefix, m), memory
+
     def forward(
         self,
         x: torch.Tensor,
@@ -70,10 +83,7 @@ class _Tokens:
         Returns:
             x with what was retrieved added to it, and the memory for the next block.
         """
-        prefix, x_map = to_map(self.norm_x(x), feat_size)
-        _, o_map = to_map(self.norm_o(o), feat_size)
-        m, memory = self.retrieve(x_map, o_map, memory)
-        return x + self.drop_path(to_tokens(prefix, self.act(self.norm(m)))), memory
+        return self.add_branch(x, o, feat_size, memory)
 
 
 class MrlaLightTokens(_Tokens, MrlaLight):

@@ -11,6 +11,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, is_model, resolve_p
 from timm.models import register_model as timm_register_model
 from torch import nn
 
+from timm_mrla.layers import layer_attentions
 from timm_mrla.models._weights import fit_state_dict, is_warm_start, source_of
 
 __all__ = ['build_mrla', 'model_cfg', 'register_model']
@@ -40,9 +41,12 @@ def build_mrla(
     pretrained_filter_fn: Callable[..., dict[str, torch.Tensor]],
     pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    mrla_recompute: bool = False,
     **kwargs,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, strict about weights.
+
+    With mrla_recompute, backward computes the layer attentions again, rather than save what they make.
 
     Raises:
         TypeError: An argument is unknown.
@@ -69,6 +73,8 @@ def build_mrla(
         if not pretrained or not source or source in str(e):
             raise
         raise RuntimeError(f'{variant} cannot be loaded from {source}: {e}') from e
+    for layer in layer_attentions(model).values():
+        layer.recompute = mrla_recompute
     if is_warm_start(cfg):
         # what is trained from here and saved is no longer what these say
         for key in ('tag', 'description', 'notes'):

@@ -169,7 +169,7 @@ default_cfgs = generate_default_cfgs(
 
 _light = {'mrla_layer': partial(MrlaLight, dim_head=32)}
 _base = {
-    'mrla_layer': partial(MrlaBase, dim_head=16, act_layer=nn.ReLU),
+    'mrla_layer': partial(MrlaBase, dim_head=16, act_layer=partial(nn.ReLU, inplace=True)),
     'stem_type': 'deep',
     'stem_width': 32,
 }
