@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 TASKS = ('inference', 'training')
-HOW = ('eager', 'reparameterized', 'compiled')
+HOW = ('eager', 'reparameterized', 'recomputed', 'compiled', 'reparameterized+compiled', 'recomputed+compiled')
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -32,9 +32,9 @@ def build(name: str, kwargs: dict[str, object], args: argparse.Namespace, case: 
     x = torch.randn(args.batch_size, *input_size(args.entry), device=args.device).to(memory_format=LAYOUTS[layout])
     y = torch.randint(model.num_classes, (args.batch_size,), device=args.device)
     model.train(task == 'training')
-    if how == 'reparameterized':
+    if 'reparameterized' in how:
         model = reparameterize_model(model)
-    elif how == 'compiled':
+    if 'compiled' in how:
         model = torch.compile(model)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == 'bfloat16')
 
@@ -54,7 +54,8 @@ def build(name: str, kwargs: dict[str, object], args: argparse.Namespace, case: 
 def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> dict[str, object]:
     """Seconds a step of the entry and of its backbone, and the ratios, over the rounds."""
     plain, kwargs = backbone(args.entry)
-    steps = {'ours': build(args.entry, {}, args, case), 'plain': build(plain, kwargs, args, case)}
+    ours = {'mrla_recompute': 'recomputed' in case[1]}
+    steps = {'ours': build(args.entry, ours, args, case), 'plain': build(plain, kwargs, args, case)}
     timers = {
         name: Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads())
         for name, step in steps.items()
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument('--models', nargs='+', default=['resnet50_mrla'])
     parser.add_argument('--batch-size', type=int, default=4)
     parser.add_argument('--task', nargs='+', choices=TASKS, default=TASKS)
-    parser.add_argument('--how', nargs='+', choices=HOW, default=HOW[:2])
+    parser.add_argument('--how', nargs='+', choices=HOW, default=HOW[:3])
     parser.add_argument('--layout', nargs='+', choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -99,7 +100,7 @@ def main() -> None:
         (model, case)
         for model in args.models
         for case in itertools.product(args.task, args.how, args.layout, args.dtype)
-        if case[:2] != ('training', 'reparameterized')
+        if {'training': 'reparameterized', 'inference': 'recomputed'}[case[0]] not in case[1]
     ]
     with tqdm(total=len(cases) * args.rounds, unit='round') as progress:
         rows = []

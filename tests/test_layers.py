@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_mrla.layers import MrlaBase, MrlaBaseTokens, MrlaLight, MrlaLightTokens
+from timm_mrla.layers import LightWeights, MrlaBase, MrlaBaseTokens, MrlaLight, MrlaLightTokens
 
 torch.manual_seed(0)
 DIM, HEAD = 32, 8
@@ -134,6 +134,39 @@ def test_autocast_keeps_maps_in_bfloat16(layer):
     with torch.autocast('cpu', torch.bfloat16):
         out, _ = mrla(x, x, [])
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
+def test_precisions_and_layouts(layer, dtype, layout, batch):
+    """Values and gradients of two blocks, within what rounding the input and the parameters leaves."""
+
+    def step(dtype, layout):
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(layer(DIM, HEAD, norm_layer=nn.BatchNorm2d) for _ in range(2)).bfloat16().to(dtype)
+        blocks.to(memory_format=layout)
+        x = torch.randn(batch, DIM, 5, 7).bfloat16().to(dtype).to(memory_format=layout).requires_grad_()
+        out, memory = blocks[0](x, x, [])
+        out, memory = blocks[1](out, x, memory)
+        assert out.is_contiguous(memory_format=layout)
+        (out * torch.randn(out.shape).bfloat16().to(dtype)).sum().backward()
+        return {'out': out, 'x': x.grad, **{n: p.grad for n, p in blocks.named_parameters()}}
+
+    exact, rounded = step(torch.float64, torch.contiguous_format), step(dtype, layout)
+    # a query and a key end in one number a head, whose rounding is spread over few weights
+    for name, tensor in exact.items():
+        tolerance = (100 if '.attn.' in name else 10) * torch.finfo(dtype).eps
+        assert (rounded[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+def test_float16_holds_the_mean_of_a_large_map():
+    attn = LightWeights(DIM, HEAD)
+    nn.init.constant_(attn.q.weight, 0.01)
+    nn.init.constant_(attn.k.weight, -0.01)
+    x = torch.full((1, DIM, 100, 100), 10.0)  # 1e5 in sum, beyond float16
+    torch.testing.assert_close(attn.half()(x.half()).float(), attn.float()(x), rtol=1e-2, atol=0.0)
 
 
 def test_memory_grows_with_the_number_of_blocks():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.utils.model import reparameterize_model
 
 import timm_mrla  # noqa: F401
 from timm_mrla.models import ceit, deit, efficientnet, resnet
@@ -53,11 +54,13 @@ def reference(name):
     return spec, state_dict, torch.from_numpy(np.load(REFERENCE / f'{name}.npy'))
 
 
+@pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('name', MODELS)
-def test_logits_and_gradients(name):
+def test_logits_and_gradients(name, recompute):
     spec, state_dict, logits = reference(name)
     entry, family = MODELS[name]
-    model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict})
+    overlay = {'state_dict': state_dict}
+    model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, mrla_recompute=recompute)
     model = model.double().eval()
 
     size = spec['input']['size']
@@ -65,6 +68,8 @@ def test_logits_and_gradients(name):
     x = torch.from_numpy(rng.standard_normal((spec['input']['batch'], 3, size, size))).requires_grad_()
     out = model(x)
     assert (out - logits).abs().max() < 1e-9 * logits.std()
+    with torch.no_grad():
+        assert (reparameterize_model(model)(x) - logits).abs().max() < 1e-9 * logits.std()
 
     rng = np.random.RandomState(spec['input']['seed'] + 1)
     (out * torch.from_numpy(rng.standard_normal(out.shape))).sum().backward()

@@ -207,7 +207,8 @@ class MrlaLight(_LayerAttention):
         """m [B, C, H, W] of the block that returned x, and the memory."""
         v = self.act_v(self.norm_v(self.v(x)))
         m = self.per_channel(self.attn(x)).to(v.dtype) * v
-        m.addcmul_(self.lam.to(v.dtype)[:, None, None], o)
+        # FX drops an in-place operation whose result is not read
+        m = m.addcmul_(self.lam.to(v.dtype)[:, None, None], o)
         return self.add_bias(m), memory
 
 
@@ -229,7 +230,11 @@ class MrlaBase(_LayerAttention):
         weights = super().per_channel(weights)
         return weights if self.scale is None else weights * self.scale.to(weights.dtype)[:, None, None]
 
-    def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
+    def add_branch(self, x: torch.Tensor, o: torch.Tensor, *args) -> tuple[torch.Tensor, Memory]:
+        """As above; o, which is not read, is not to be saved either."""
+        return super().add_branch(x, None, *args)
+
+    def retrieve(self, x: torch.Tensor, o: None, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """m [B, C, H, W] of the block that returned x, and the memory with its key and value."""
         weights, k = self.attn(x, [key for key, _ in memory])
         memory = [*memory, (k, self.v(x))]

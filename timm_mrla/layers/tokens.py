@@ -56,13 +56,14 @@ class _Tokens:
     def branch(
         self,
         x: torch.Tensor,
-        o: torch.Tensor,
+        o: torch.Tensor | None,
         feat_size: tuple[int, int],
         memory: Memory,
     ) -> tuple[torch.Tensor, Memory]:
         """What is added to x, but for drop_path, and the memory for the next block."""
         prefix, x = to_map(self.norm_x(x), feat_size)
-        _, o = to_map(self.norm_o(o), feat_size)
+        if o is not None:
+            _, o = to_map(self.norm_o(o), feat_size)
         m, memory = super().branch(x, o, memory)
         return to_tokens(prefix, m), memory
 
