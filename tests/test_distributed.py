@@ -10,8 +10,8 @@ import timm_mrla  # noqa: F401
 
 MODELS = {
     # norms over groups: BatchNorm sees the batch of its own process only
-    'resnet18_mrla': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1'),
-    'resnet18_mrlab': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1'),
+    'resnet18_mrla': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1', mrla_recompute=True),
+    'resnet18_mrlab': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1', mrla_recompute=True),
     'deit_tiny_mrla': dict(img_size=32, depth=3),
     'deit_tiny_mrlab': dict(img_size=32, depth=6),
 }

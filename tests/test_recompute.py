@@ -111,8 +111,8 @@ def test_models_train_the_same(name):
     for checkpointing in (False, True):
         recomputed, updated = step(name, checkpointing, mrla_recompute=True)
         torch.testing.assert_close(recomputed, gradients, rtol=1e-10, atol=1e-10)
-        if checkpointing and name.startswith(('efficientnet', 'pvt')):
-            continue  # it is timm that checkpoints these, and timm updates running statistics twice
+        if checkpointing and name.startswith('efficientnet'):
+            continue  # it is timm that checkpoints this one, and so updates running statistics twice
         torch.testing.assert_close(updated, buffers, rtol=1e-12, atol=1e-12)
 
 

@@ -84,8 +84,3 @@ def test_bfloat16_loses_no_more(layer):
     _, exact = folded_and_plain(layer, torch.float64)
     for folded, plain, expected in zip(*folded_and_plain(layer, torch.bfloat16), exact, strict=True):
         assert (folded - expected).norm() < 2 * (plain - expected).norm()
-
-
-def test_inductor():
-    folded, plain = folded_and_plain(MrlaLight, torch.float64, backend='inductor')
-    torch.testing.assert_close(folded, plain, rtol=1e-10, atol=1e-10)
