@@ -130,9 +130,7 @@ class _LayerAttention(nn.Module):
     def add_branch(self, x: torch.Tensor, *args) -> tuple[torch.Tensor, Memory]:
         """x with the branch added to it, and the memory for the next block."""
         m, memory = recompute(self, self.branch, x, *args) if self.recompute else self.branch(x, *args)
-        m = self.drop_path(m)
-        # on a CPU a new map can cost more than what is computed on it: its pages are asked for one by one
-        return x + m if torch.is_grad_enabled() or m.dtype != x.dtype else m.add_(x), memory
+        return x + self.drop_path(m), memory
 
     def forward(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """
@@ -208,8 +206,7 @@ class MrlaLight(_LayerAttention):
     def retrieve(self, x: torch.Tensor, o: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """m [B, C, H, W] of the block that returned x, and the memory."""
         v = self.act_v(self.norm_v(self.v(x)))
-        g = self.per_channel(self.attn(x)).to(v.dtype)
-        m = g * v if torch.is_grad_enabled() else v.mul_(g)
+        m = self.per_channel(self.attn(x)).to(v.dtype) * v
         # FX drops an in-place operation whose result is not read
         m = m.addcmul_(self.lam.to(v.dtype)[:, None, None], o)
         return self.add_bias(m), memory
