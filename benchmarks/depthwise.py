@@ -32,41 +32,42 @@ def measure(fn: Callable[[], object]) -> tuple[float, float]:
     return seconds * 1e3, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 22
 
 
+def compare(B: int, C: int, H: int) -> dict[str, object]:
+    """The ways to convolve a map [B, C, H, H]."""
+    x, weight = torch.randn(B, C, H, H), torch.randn(C, 1, 3, 3)
+    x_last = x.to(memory_format=torch.channels_last)
+
+    def convolve(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, padding=1, groups=C)
+
+    def shifted() -> torch.Tensor:
+        padded, out = F.pad(x, (1, 1, 1, 1)), torch.zeros_like(x)
+        for i in range(9):
+            out.addcmul_(weight[:, 0, i // 3, i % 3, None, None], padded[:, :, i // 3 :, i % 3 :][:, :, :H, :H])
+        return out
+
+    ways = {
+        'NCHW': lambda: convolve(x),
+        'image by image': lambda: torch.cat([convolve(image) for image in x.split(1)]),
+        'shifted products': shifted,
+        'there and back': lambda: convolve(x.to(memory_format=torch.channels_last)).contiguous(),
+        'channels_last': lambda: convolve(x_last),
+    }
+    row = {'map': f'{B}x{C}x{H}x{H}'}
+    for name, way in ways.items():
+        torch.testing.assert_close(way(), convolve(x), rtol=1e-4, atol=1e-4)
+        row[f'{name}, ms'], faults = measure(way)
+        if name in ('NCHW', 'channels_last'):
+            row['faults' if name == 'NCHW' else 'its faults'] = round(faults)
+    return row
+
+
 def main() -> None:
     """Measure all sizes and print their table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--json', metavar='PATH', help='write the results there too')
     args = parser.parse_args()
-
-    rows = []
-    for B, C, H in tqdm(SHAPES):
-        x, weight = torch.randn(B, C, H, H), torch.randn(C, 1, 3, 3)
-        x_last = x.to(memory_format=torch.channels_last)
-
-        def convolve(x: torch.Tensor, weight: torch.Tensor = weight, groups: int = C) -> torch.Tensor:
-            return F.conv2d(x, weight, padding=1, groups=groups)
-
-        def shifted(x: torch.Tensor = x, weight: torch.Tensor = weight, H: int = H) -> torch.Tensor:
-            padded, out = F.pad(x, (1, 1, 1, 1)), torch.zeros_like(x)
-            for i in range(9):
-                out.addcmul_(weight[:, 0, i // 3, i % 3, None, None], padded[:, :, i // 3 :, i % 3 :][:, :, :H, :H])
-            return out
-
-        ways = {
-            'NCHW': lambda x=x: convolve(x),
-            'image by image': lambda x=x: torch.cat([convolve(image) for image in x.split(1)]),
-            'shifted products': shifted,
-            'there and back': lambda x=x: convolve(x.to(memory_format=torch.channels_last)).contiguous(),
-            'channels_last': lambda x=x_last: convolve(x),
-        }
-        row = {'map': f'{B}x{C}x{H}x{H}'}
-        for name, way in ways.items():
-            torch.testing.assert_close(way(), convolve(x), rtol=1e-4, atol=1e-4)
-            row[f'{name}, ms'], faults = measure(way)
-            if name in ('NCHW', 'channels_last'):
-                row['faults' if name == 'NCHW' else 'its faults'] = round(faults)
-        rows.append(row)
-    report(rows, 'cpu', args.json)
+    report([compare(*shape) for shape in tqdm(SHAPES)], 'cpu', args.json)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
+from flops import backbone, costs, input_size
 
-from benchmarks.flops import backbone, costs, input_size
 from timm_mrla.layers import MrlaBase, MrlaLight
 
 

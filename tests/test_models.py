@@ -5,11 +5,11 @@ import copy
 import pytest
 import timm
 import torch
+from flops import backbone
 from timm.models import VisionTransformer, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from benchmarks.flops import backbone
 from timm_mrla.layers import MrlaBase, MrlaLight
 
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))

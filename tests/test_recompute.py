@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from memory import saved_bytes
 from torch import nn
 
 import timm_mrla  # noqa: F401
@@ -121,19 +122,7 @@ def test_models_train_the_same(name):
 )
 def test_what_is_saved(name, plain):
     """One map a block, its output; light's o where no other layer saves it; base's k and v but the last."""
-
-    def saved(model):
-        parameters, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def pack(t):
-            if t.untyped_storage().data_ptr() not in parameters:
-                storages[t.untyped_storage().data_ptr()] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model(torch.randn(2, 3, 64, 64))  # noqa: F841  holds what is saved
-        return sum(t.untyped_storage().nbytes() for t in storages.values())
-
+    x = torch.randn(2, 3, 64, 64)
     model = timm.create_model(name, mrla_recompute=True)
     light, maps = name.endswith('mrla'), []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
@@ -143,7 +132,6 @@ def test_what_is_saved(name, plain):
                 block.register_forward_hook(lambda block, args, out: maps.append(out[0]))  # o, or v and below q and k
                 if not light:
                     block.register_forward_hook(lambda block, args, out: maps.append(out[0][:, :, :2, 0].clone()))
-    ours = saved(model)
+    ours = saved_bytes(model, x)
     maps.pop()  # nothing reads the output of the last block again
-    plain = timm.create_model('resnet18', **plain)
-    assert ours == saved(plain) + sum(x.nbytes for x in maps)
+    assert ours == saved_bytes(timm.create_model('resnet18', **plain), x) + sum(y.nbytes for y in maps)

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
+from flops import backbone
 
 import timm_mrla  # noqa: F401
-from benchmarks.flops import backbone
 
 SMALL = [
     'resnet18_mrla',

@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from flops import backbone
 from timm.models import get_pretrained_cfg, save_for_hf
 
-from benchmarks.flops import backbone
 from timm_mrla.hub import push_to_hub, save_pretrained
 from timm_mrla.layers import layer_attentions
 

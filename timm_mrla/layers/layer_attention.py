@@ -231,17 +231,17 @@ class MrlaBase(_LayerAttention):
         return weights if self.scale is None else weights * self.scale.to(weights.dtype)[:, None, None]
 
     def add_branch(self, x: torch.Tensor, o: torch.Tensor, *args) -> tuple[torch.Tensor, Memory]:
-        """As above; o, which is not read, is not to be saved either."""
+        """As in MRLA-light, without o: it is not read, and not to be saved for a recomputation."""
         return super().add_branch(x, None, *args)
 
     def retrieve(self, x: torch.Tensor, o: None, memory: Memory) -> tuple[torch.Tensor, Memory]:
         """m [B, C, H, W] of the block that returned x, and the memory with its key and value."""
         weights, k = self.attn(x, [key for key, _ in memory])
         memory = [*memory, (k, self.v(x))]
-        m = 0
+        m = None
         for s, (_, v) in enumerate(memory):
             weight = self.per_channel(weights[..., s]).to(v.dtype)
-            m = weight * v if s == 0 else m.addcmul_(weight, v)
+            m = weight * v if m is None else m.addcmul_(weight, v)
         return self.add_bias(m), memory
 
 
