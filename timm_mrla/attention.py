@@ -25,6 +25,8 @@ class LayerAttention(dict[str, torch.Tensor]):
 
 def _by_block(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attentions by the blocks that hold them, or by their own names where one module holds several."""
+    if any(isinstance(module, InferenceLight | InferenceBase) for module in model.modules()):
+        raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
     found = layer_attentions(model)
     if not found:
         raise ValueError(
@@ -94,8 +96,6 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
     attentions = _by_block(model)
-    if any(mrla.bias is not None for mrla in attentions.values()):
-        raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
     _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
 
     stages, last_place = [], None
@@ -105,13 +105,13 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
             row = _copy(out[0])
             starts = row.shape[-1] == 1
         else:
-            row = _copy(mrla.per_channel(out).flatten(2))
+            row = _copy(per_channel(out, shape[1]).flatten(2))
             starts = last_place != (holder, shape)
             if not starts:
                 row = torch.cat([stages[-1]['rows'][-1] * _copy(mrla.lam)[:, None], row], dim=-1)
         last_place = (holder, shape)
         if starts:
-            stages.append({'holder': holder, 'heads': shape[1] // mrla.attn.dim_head, 'blocks': [], 'rows': []})
+            stages.append({'holder': holder, 'heads': mrla.attn.num_heads, 'blocks': [], 'rows': []})
         stages[-1]['blocks'].append(block)
         stages[-1]['rows'].append(row)
 
@@ -147,10 +147,10 @@ def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[to
         raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(attentions)}')
     maps = []
 
-    def record(mrla: nn.Module, args: tuple, kwargs: dict, out: tuple) -> None:
+    def record(mrla: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor | tuple) -> None:
         call = inspect.signature(mrla.forward).bind(*args, **kwargs).arguments
-        for x in (call['x'], out[0]):
-            maps.append(_copy(to_map(x, call['feat_size'])[1] if 'feat_size' in call else x))
+        for x in (call['x'], out[0] if isinstance(out, tuple) else out):
+            maps.append(_copy(to_map(x, mrla.layout, call.get('feat_size'))[0]))
 
     _run(model, images, {attentions[block]: record})
     before, after = maps

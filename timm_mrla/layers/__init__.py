@@ -1,24 +1,19 @@
-from timm_mrla.layers.layer_attention import (
-    BaseWeights,
-    LightWeights,
-    Memory,
-    MrlaBase,
-    MrlaLight,
-    layer_attentions,
-)
+from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.layers.layer_attention import MrlaBase, MrlaLight, layer_attentions
+from timm_mrla.layers.layout import from_map, to_map
 from timm_mrla.layers.recompute import recompute
-from timm_mrla.layers.tokens import MrlaBaseTokens, MrlaLightTokens, to_map, to_tokens
+from timm_mrla.layers.weights import BaseWeights, LightWeights, per_channel
 
 __all__ = [
     'BaseWeights',
+    'InferenceBase',
+    'InferenceLight',
     'LightWeights',
-    'Memory',
     'MrlaBase',
-    'MrlaBaseTokens',
     'MrlaLight',
-    'MrlaLightTokens',
+    'from_map',
     'layer_attentions',
+    'per_channel',
     'recompute',
     'to_map',
-    'to_tokens',
 ]

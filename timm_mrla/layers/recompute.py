@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten  # the tensors of nested arguments; private
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['recompute']
@@ -24,17 +23,11 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
             setattr(m, name, buffer)
 
 
-def recompute(module: nn.Module, fn: Callable, *args):
-    """`fn(*args)`, a part of a module's forward pass, of which nothing but the arguments is saved for backward.
+def recompute(module: nn.Module, fn: Callable, *args, **kwargs):
+    """`fn(*args, **kwargs)`, a part of a module's forward pass, of which only the arguments are saved for backward.
 
     Unlike under `torch.utils.checkpoint` alone, batch norms update their running statistics once.
     """
-    # what is nested in the arguments is handed over as tensors of its own, which hooks on saved tensors then see
-    flat, spec = tree_flatten(args)
-
-    def run(*flat):
-        return fn(*tree_unflatten(flat, spec))
-
     # compiled, the graph updates buffers in forward alone, and no context can be traced
     contexts = {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _buffers_kept(module))}
-    return checkpoint(run, *flat, use_reentrant=False, **contexts)
+    return checkpoint(fn, *args, use_reentrant=False, **contexts, **kwargs)

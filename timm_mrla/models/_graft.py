@@ -1,23 +1,300 @@
-"""Layer attention for models of timm's whose constructors take no block: timm builds them, then they are grafted."""
+"""Layer attention in a model that timm built: which of its blocks can have it, and how they get it.
+
+A block becomes one of a subclass that calls layer attention after timm's own forward pass, and gets a child `mrla`. The
+names of the backbone's parameters stay, and with them checkpoints, filters, layer decay and feature extraction.
+"""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
+import torch
+from timm.layers import (
+    DropPath,
+    FrozenBatchNormAct2d,
+    LayerNorm,
+    LayerNorm2d,
+    RmsNorm,
+    RmsNorm2d,
+    SimpleNorm,
+    SimpleNorm2d,
+    get_device_dtype,
+)
 from torch import nn
 
-__all__ = ['graft', 'like']
+from timm_mrla.layers import MrlaBase, MrlaLight
+
+__all__ = ['BaseBlock', 'Calls', 'Host', 'LightBlock', 'Site', 'Sites', 'View', 'find_sites', 'graft']
+
+# norms over the last dimension, or without parameters that train -> their like for maps [B, C, H, W]
+_LIKE = {
+    nn.LayerNorm: LayerNorm2d,
+    LayerNorm: LayerNorm2d,
+    RmsNorm: RmsNorm2d,
+    SimpleNorm: SimpleNorm2d,
+    FrozenBatchNormAct2d: nn.BatchNorm2d,
+}
 
 
-def graft(module: nn.Module, cls: type[nn.Module], **children: nn.Module) -> None:
-    """Make a built module one of a subclass that adds to its forward pass, and give it the children that this calls.
+class Site(NamedTuple):
+    """A block, and the layer attention that it can have, or why it can have none."""
 
-    Its parameters keep their names, so that checkpoints of the stock model and timm's filters for them still fit.
+    name: str
+    block: str
+    channels: int | None
+    form: str
+    layout: str
+    reason: str = ''
+
+
+class Sites(list[Site]):
+    """The blocks of a model in their order; printed, a table."""
+
+    def __str__(self) -> str:
+        rows = [[str(cell) for cell in site] for site in self]
+        rows = [Site._fields[:5], *([*row[:5]] if not row[5] else [*row[:2], f'none: {row[5]}'] for row in rows)]
+        widths = [max(len(row[i]) for row in rows if len(row) > max(i, 3)) for i in range(5)]
+        widths[:2] = (max(len(row[i]) for row in rows) for i in range(2))
+        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)
+
+    __repr__ = __str__
+
+
+class View:
+    """A module as one call of a method of timm's sees it: with other attributes, which the module itself never has."""
+
+    def __init__(self, module: nn.Module, **attributes) -> None:
+        self._module = module
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class Calls(list):
+    """Functions in the place of an `nn.Sequential`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for call in self:
+            x = call(x)
+        return x
+
+
+class Host:
+    """Before a class of timm's among the bases: what holds the blocks, and hands them what timm's own does not."""
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> None:
+        """Make a module of timm's class one of this class."""
+        module.__class__ = cls
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str:
+        """Why its blocks can have no layer attention; empty if they can."""
+        return ''
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the blocks of a class get layer attention.
+
+    Args:
+        form: Form of the layer.
+        norm: Name of a norm of the block's width, which the norms of the layer are like, or a function of the block.
+        layout: Layout of what the block returns, or a function of the block.
+        where: Whether a block has a shortcut that keeps the shape.
+        hosts: What must hold the blocks.
+        num_heads: Heads, if the width can be divided so; by default a head is as wide as the form allows.
+        init_v: Initialization of the value's convolution in the paper's code, where it is not torch's.
+        not_in: timm's entries where these blocks have none in the paper.
     """
-    module.__class__ = cls
-    for name, child in children.items():
-        module.add_module(name, child)
+
+    form: str
+    norm: str | Callable[[nn.Module], nn.Module]
+    layout: str | Callable[[nn.Module], str] = 'NCHW'
+    where: Callable[[nn.Module], bool] = lambda block: True
+    hosts: tuple[type[Host], ...] = ()
+    num_heads: int | None = None
+    init_v: Callable[[torch.Tensor], Any] | None = None
+    not_in: tuple[str, ...] = ()
+
+    def norm_of(self, block: nn.Module) -> nn.Module:
+        """The norm of a block."""
+        return block.get_submodule(self.norm) if isinstance(self.norm, str) else self.norm(block)
+
+    def layout_of(self, block: nn.Module) -> str:
+        """The layout of a block."""
+        return self.layout if isinstance(self.layout, str) else self.layout(block)
 
 
-def like(norm: nn.Module) -> Callable[..., nn.Module]:
-    """A layer that builds norms like a fresh one of the model, with its arguments."""
-    return lambda *args, **kwargs: copy.deepcopy(norm)
+class _Block:
+    recipe: Recipe
+    layer: type[nn.Module]
+    max_dim_head: dict[str, int]
+    classes: dict[type[nn.Module], type['_Block']]
+
+    def __init_subclass__(cls, **recipe) -> None:
+        super().__init_subclass__()
+        if recipe:
+            cls.recipe = Recipe(**recipe)
+            cls.classes[cls.__bases__[-1]] = cls
+
+    @classmethod
+    def host_of(cls, owner: nn.Module | None) -> type[Host] | None:
+        """The host that a module is or can become."""
+        return next((host for host in cls.recipe.hosts if type(owner) in (host, host.__bases__[-1])), None)
+
+    @classmethod
+    def site(cls, name: str, block: nn.Module, owner: nn.Module | None, entry: str) -> Site:
+        """A block, in the module that holds its list of blocks, as a site."""
+        recipe, host = cls.recipe, cls.host_of(owner)
+        weight = getattr(recipe.norm_of(block), 'weight', None)
+        if entry in recipe.not_in:
+            reason = 'in the paper it has none'
+        elif recipe.hosts and host is None:
+            reason = f'{type(owner).__name__} does not tell it the grid of its tokens'
+        elif host and host.refusal(owner):
+            reason = host.refusal(owner)
+        elif not recipe.where(block):
+            reason = 'it has no shortcut that keeps the shape'
+        else:
+            reason = 'its norm has no weight that could be zero' if weight is None else ''
+        channels = None if weight is None else len(weight)
+        return Site(name, cls.__bases__[-1].__name__, channels, recipe.form, recipe.layout_of(block), reason)
+
+    @classmethod
+    def graft(cls, block: nn.Module, site: Site, drop_path: float | None) -> nn.Module:
+        """Make a block one of this class, and return its layer attention."""
+        recipe, dd, dim = cls.recipe, get_device_dtype(block), site.channels
+        if recipe.num_heads:
+            dim_head = dim // math.gcd(dim, recipe.num_heads)
+        else:
+            dim_head = max(d for d in range(1, cls.max_dim_head[site.form] + 1) if dim % d == 0)
+        if drop_path is None:
+            own = [m.drop_prob for m in block.modules() if isinstance(m, DropPath)]
+            drop_path = own[-1] if own and site.form == 'post' else 0.0
+        norm_layer = _like(recipe.norm_of(block), on_maps=site.form == 'post' or site.layout == 'NCHW')
+        mrla = cls.layer(dim, dim_head, norm_layer, site.form, site.layout, drop_path=drop_path, **dd)
+        if recipe.init_v:
+            recipe.init_v(mrla.v.weight)
+        block.__class__ = cls
+        block.mrla = mrla.train(block.training)
+        return mrla
+
+
+def _like(norm: nn.Module, on_maps: bool) -> Callable[..., nn.Module]:
+    """A layer that builds norms like one of the model's: fresh, and without activation."""
+
+    def build(dim: int, device=None, dtype=None) -> nn.Module:
+        if on_maps and type(norm) in _LIKE:
+            return _LIKE[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
+        fresh = copy.deepcopy(norm).requires_grad_()
+        if hasattr(fresh, 'act'):
+            fresh.act = nn.Identity()
+        fresh.reset_parameters()
+        return fresh
+
+    return build
+
+
+class LightBlock(_Block):
+    """Before a block class of timm's among the bases: the block, followed by MRLA-light. Tensor in, tensor out."""
+
+    layer, max_dim_head, classes = MrlaLight, {'post': 32, 'pre': 16}, {}
+
+    def forward(self, x: torch.Tensor, *args, feat_size: tuple[int, int] | None = None, **kwargs) -> torch.Tensor:
+        return self.mrla(super().forward(x, *args, **kwargs), x, feat_size)
+
+
+class BaseBlock(_Block):
+    """Before a block class of timm's among the bases: the block, followed by MRLA-base.
+
+    `x, *memory = block(x, *memory)`. The memory is handed over as tensors of its own, since checkpointing sees none that is nested.
+    """
+
+    layer, max_dim_head, classes = MrlaBase, {'post': 16, 'pre': 16}, {}
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *memory: torch.Tensor,
+        feat_size: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, ...]:
+        x, memory = self.mrla(super().forward(x, **kwargs), memory, feat_size)
+        return x, *memory
+
+
+def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
+    """The blocks of a model, one of timm's entries, and the layer attention of a kind that they can have or have."""
+    sites, modules, last = Sites(), dict(model.named_modules()), None
+    for name, block in modules.items():
+        cls = type(block) if isinstance(block, kind) else kind.classes.get(type(block))
+        if cls is not None and not (last and name.startswith(f'{last}.')):
+            owner = modules.get('.'.join(name.split('.')[:-2])) if '.' in name else None
+            sites.append(cls.site(name, block, owner, entry))
+            last = name
+    return sites
+
+
+def graft(
+    model: nn.Module,
+    kind: type[_Block],
+    entry: str,
+    blocks: str | Iterable[str] | None = None,
+    identity: bool = False,
+    drop_path: float | None = None,
+    **host_args,
+) -> None:
+    """Give layer attention to the blocks of a model that can have it.
+
+    Args:
+        model: A model that timm built.
+        kind: LightBlock or BaseBlock.
+        entry: Its name in timm's registry, or ''.
+        blocks: Patterns of names of blocks, as of the shell; all if None.
+        identity: Whether it adds exactly nothing until it is trained.
+        drop_path: Stochastic depth rate of layer attention; None for that of the block in the form `post`, else 0.
+        **host_args: Arguments of what holds the blocks.
+
+    Raises:
+        ValueError: No block can have it, a pattern matches none that can, or drop_path is no rate.
+        TypeError: An argument is unknown.
+    """
+    if drop_path is not None and not 0.0 <= drop_path < 1.0:
+        raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
+    found = find_sites(model, kind, entry)
+    sites = [site for site in found if not site.reason]
+    title = entry or type(model).__name__
+    if not found:
+        known = ', '.join(sorted({cls.__module__.rpartition('.')[2] for cls in kind.classes.values()}))
+        raise ValueError(f'{title} has no block that can have layer attention; known are those of timm.models: {known}')
+    if not sites:
+        raise ValueError(f'no block of {title} can have layer attention: {found[0].name}: {found[0].reason}')
+    if blocks is not None:
+        patterns = [blocks] if isinstance(blocks, str) else [*blocks]
+        for pattern in patterns or ['']:
+            if not any(fnmatchcase(site.name, pattern) for site in sites):
+                raise ValueError(
+                    f'{pattern!r} matches no block of {title} that can have layer attention; these can: '
+                    f'{sites[0].name} to {sites[-1].name}, and timm_mrla.sites(model) lists them all'
+                )
+        sites = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
+
+    modules = dict(model.named_modules())
+    for site in sites:
+        block, owner = modules[site.name], modules.get('.'.join(site.name.split('.')[:-2]))
+        cls = kind.classes[type(block)]
+        mrla = cls.graft(block, site, drop_path)
+        if identity:
+            for gate in mrla.gates():
+                nn.init.zeros_(gate)
+        host = cls.host_of(owner)
+        if host and type(owner) is not host:
+            host.adopt(owner, **host_args)
+    if host_args and not host:
+        raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')

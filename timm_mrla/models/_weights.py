@@ -1,28 +1,33 @@
 """What goes into a model: warm starts from timm's plain backbones, the authors' checkpoints, and nothing in part."""
 
+import inspect
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from timm.layers import to_ntuple
-from timm.models import PretrainedCfg, clean_state_dict, get_pretrained_cfg, is_model_pretrained
+from timm.models import PretrainedCfg, clean_state_dict
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
 
 __all__ = [
+    'TAG',
+    'apply_filter',
     'convert_state_dict',
     'fit_state_dict',
+    'forget_source',
     'is_warm_start',
     'source_of',
-    'warm_start_cfgs',
+    'warm_start_cfg',
+    'without_weights',
 ]
 
 _logger = logging.getLogger(__name__)
 
-_TAG = 'warmstart_'
+TAG = 'warmstart_'
 
 # the authors' names of what MRLA adds to a block, and ours
 _AUTHORS_NAMES = (
@@ -36,35 +41,28 @@ _AUTHORS_NAMES = (
 )
 
 
-def warm_start_cfgs(backbones: dict[str, str], tags: Iterable[str]) -> dict[str, PretrainedCfg]:
-    """Configurations `ENTRY.warmstart_TAG`, which start an entry from timm's weights of its plain backbone.
+def without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
+    """A configuration of timm's without its weights and what is said of them."""
+    keys = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'tag', 'license', 'description', 'origin_url', 'notes')
+    return replace(cfg, architecture=None, custom_load=False, **dict.fromkeys(keys))
 
-    For `generate_default_cfgs`, which makes the first tag with weights the default of its entry: the entry itself,
-    without weights, must follow as `ENTRY.*`, so that nobody gets these weights without asking for them.
 
-    Args:
-        backbones: Names of timm's plain backbones by entry.
-        tags: Tags of their weights. One that timm does not have (any more) is left out.
-    """
-    cfgs = {}
-    for entry, backbone in backbones.items():
-        for source in (f'{backbone}.{tag}' for tag in tags):
-            if is_model_pretrained(source):
-                cfg = get_pretrained_cfg(source)
-                cfgs[f'{entry}.{_TAG}{cfg.tag}'] = replace(
-                    cfg,
-                    url=None,
-                    architecture=None,
-                    tag=None,
-                    description=f"A start for training {entry}: timm's weights of {source}, layer attention untrained.",
-                    notes=(f'Layer attention adds exactly nothing yet: until it is trained, this computes {source}.',),
-                )
-    return cfgs
+def warm_start_cfg(cfg: PretrainedCfg, entry: str, source: str) -> PretrainedCfg:
+    """The configuration that starts an entry from the weights of its plain backbone, timm's `source`."""
+    return replace(
+        cfg,
+        url=None if cfg.hf_hub_id else cfg.url,  # timm takes the Hub's if both are there
+        hf_hub_id=f'timm/{source}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id,
+        architecture=None,
+        tag=None,
+        description=f"A start for training {entry}: timm's weights of {source}, layer attention untrained.",
+        notes=(f'Layer attention adds exactly nothing yet: until it is trained, this computes {source}.',),
+    )
 
 
 def is_warm_start(cfg: PretrainedCfg) -> bool:
     """Whether a configuration is one of the above."""
-    return (cfg.tag or '').startswith(_TAG)
+    return (cfg.tag or '').startswith(TAG)
 
 
 def source_of(cfg: PretrainedCfg) -> str:
@@ -72,8 +70,29 @@ def source_of(cfg: PretrainedCfg) -> str:
     return 'the given state dict' if cfg.state_dict else str(cfg.file or cfg.hf_hub_id or '')
 
 
+def forget_source(model: nn.Module) -> None:
+    """Drop from a model's configuration what is said of its plain backbone's weights, since it will be trained on."""
+    for key in ('tag', 'description', 'notes'):
+        model.pretrained_cfg.pop(key, None)
+
+
+def apply_filter(
+    fn: Callable[..., dict[str, torch.Tensor]],
+    state_dict: dict[str, torch.Tensor],
+    model: nn.Module,
+) -> dict[str, torch.Tensor]:
+    """A filter of timm's on a checkpoint; its substitutions of names never see those of layer attention."""
+    plain = {name: tensor for name, tensor in state_dict.items() if '.mrla.' not in name}
+    ours = {name: tensor for name, tensor in state_dict.items() if '.mrla.' in name}
+    takes_model = len(inspect.signature(fn).parameters) > 1
+    return {**(fn(plain, model) if takes_model else fn(plain)), **ours}
+
+
 def fit_state_dict(
-    state_dict: dict[str, torch.Tensor], model: nn.Module, cfg: PretrainedCfg
+    state_dict: dict[str, torch.Tensor],
+    model: nn.Module,
+    cfg: PretrainedCfg,
+    strict: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Complete a warm start, and hold a checkpoint to the model's names, also where timm replaces the classifier.
 
@@ -85,12 +104,15 @@ def fit_state_dict(
         state_dict: Parameters and buffers by the model's names.
         model: The model, initialized.
         cfg: Its configuration.
+        strict: Whether the plain backbone's names must be the same; timm knows weights of which a part is missing.
 
     Raises:
         RuntimeError: The checkpoint and the model differ in a name or a shape, classifier and first conv aside.
     """
     if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
         raise RuntimeError('there is no state dict in it')
+    if isinstance(getattr(model, 'norm', None), nn.Identity):  # a model that pools its patches has that norm after it
+        state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
     warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
     if warm:
         for layer in layer_attentions(model).values():
@@ -103,6 +125,9 @@ def fit_state_dict(
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.rpartition('.')[0] not in adapted}
         for tensors in (model.state_dict(), state_dict)
     )
+    if not strict:
+        names = {name for name in {*ours, *theirs} if '.mrla.' in name or (name in ours and name in theirs)}
+        ours, theirs = ({k: v for k, v in shapes.items() if k in names} for shapes in (ours, theirs))
     differing = [name for name, shape in ours.items() if theirs.get(name, shape) != shape]
     problems = {
         'it lacks ': [name for name in ours if name not in theirs],
@@ -138,4 +163,8 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
         for pattern, replacement in _AUTHORS_NAMES:
             name = re.sub(pattern, replacement, name)
         out[name] = tensor.flatten() if name.endswith('.mrla.lam') else tensor
+    for name in [name for name in out if name.endswith('.mrla.attn.q.weight')]:
+        k = name.replace('.q.weight', '.k.weight')
+        if k in out:  # once two convolutions over one dimension, [1, 1, K]
+            out[name.replace('.q.weight', '.qk.weight')] = torch.cat([out.pop(name), out.pop(k)])[:, :, None]
     return out

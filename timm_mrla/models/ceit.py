@@ -15,15 +15,15 @@ from functools import partial
 
 import torch
 from timm.layers import LayerNorm, PatchEmbed, to_2tuple, trunc_normal_
-from timm.models import VisionTransformer, generate_default_cfgs
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from timm_mrla.layers import Memory, MrlaLightTokens, to_map, to_tokens
-from timm_mrla.models._builder import build_mrla, model_cfg, register_model
-from timm_mrla.models._transformer import LayerAttentionTransformer
-from timm_mrla.models._weights import convert_state_dict
+from timm_mrla.layers import MrlaLight, from_map, to_map
+from timm_mrla.models._graft import Calls, View
+from timm_mrla.models._registry import build, register_model
+from timm_mrla.models._transformer import GridHost
 
 __all__ = ['Ceit']
 
@@ -117,18 +117,15 @@ class LeFF(nn.Module):
 
     def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
         """Tokens [B, P + H * W, C], grid (H, W) -> tokens [B, P + H * W, C]."""
-        prefix, x = to_map(x, feat_size)
+        x, prefix = to_map(x, 'NLC', feat_size)
         x = self.act(self.bn1(self.conv1(x)))
         x = self.act(self.bn2(self.conv2(x)))
         x = self.bn3(self.conv3(x))
-        return self.drop(to_tokens(prefix, x))
+        return self.drop(from_map(x, 'NLC', prefix))
 
 
 class CeitBlock(Block):
-    """timm's block with LeFF for the MLP, on a residual stream that is normed, followed by MRLA-light.
-
-    `x, memory = block(x, feat_size, memory)`.
-    """
+    """timm's block with LeFF for the MLP, on a residual stream that is normed, followed by MRLA-light."""
 
     def __init__(
         self,
@@ -148,28 +145,30 @@ class CeitBlock(Block):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, *args, drop_path=drop_path, norm_layer=norm_layer, **kwargs, **dd)
-        self.mrla = MrlaLightTokens(
+        self.mrla = MrlaLight(
             dim,
             dim_head=32,
-            norm_x=norm_layer,
-            norm_v=nn.BatchNorm2d,
-            act_v=nn.GELU,
+            norm_layer=norm_layer,
+            form='pre',
+            layout='NLC',
             drop_path=drop_path,
+            norm_o=False,
+            norm_v=nn.BatchNorm2d,
             **dd,
         )
 
     def forward(
         self,
         x: torch.Tensor,
-        feat_size: tuple[int, int],
-        memory: Memory,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-    ) -> tuple[torch.Tensor, Memory]:
+        *,
+        feat_size: tuple[int, int],
+    ) -> torch.Tensor:
         x = o = self.norm1(x)
         x = x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), feat_size)))
-        return self.mrla(x, o, feat_size, memory)
+        return self.mrla(x, o, feat_size)
 
 
 class LayerwiseClassAttention(Block):
@@ -185,7 +184,7 @@ def _check_pool(global_pool: str | None) -> None:
         raise ValueError(f"global_pool {global_pool!r}: CeiT reads the class token of its layers, use 'token' or ''")
 
 
-class Ceit(LayerAttentionTransformer, VisionTransformer):
+class Ceit(GridHost, VisionTransformer):
     """CeiT with MRLA-light: timm's vision transformer with the blocks above."""
 
     def __init__(
@@ -229,7 +228,8 @@ class Ceit(LayerAttentionTransformer, VisionTransformer):
             **kwargs,
             **dd,
         )
-        self.mrla_stage_depth = depth
+        if refusal := self.refusal(self):
+            raise ValueError(refusal)
         self.pos_layer_embed = nn.Parameter(torch.empty(1, depth, embed_dim, **dd))
         self.lca = LayerwiseClassAttention(embed_dim, num_heads, qkv_bias=True, **dd)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
@@ -265,70 +265,72 @@ class Ceit(LayerAttentionTransformer, VisionTransformer):
             self.pos_layer_embed = nn.Parameter(kept, self.pos_layer_embed.requires_grad)
         return taken
 
-    def forward_blocks(
-        self,
-        x: torch.Tensor,
-        feat_size: tuple[int, int],
-        num_blocks: int,
-        take: Callable[[int, torch.Tensor], None],
-        *args,
-    ) -> torch.Tensor:
-        """Run the first blocks, then the attention of the last class token over all blocks' class tokens."""
+    def call(self, feat_size: tuple[int, int]) -> View:
+        """The transformer as a forward pass on a grid (H, W) sees it, which keeps the class token of each block."""
+        call = super().call(feat_size)
+        call.tokens = []
+
+        def keep(block: Callable[..., torch.Tensor], x: torch.Tensor, **kwargs) -> torch.Tensor:
+            x = block(x, **kwargs)
+            call.tokens.append(x[:, :1].clone())  # a view would keep the whole of x alive
+            return x
+
+        call.blocks = Calls(partial(keep, block) for block in call.blocks)
+        return call
+
+    def finish(self, call: View, x: torch.Tensor) -> torch.Tensor:
+        """Normed tokens, the class token replaced by what the last block's finds among those of all blocks."""
         if self.lca is None:
-            return super().forward_blocks(x, feat_size, num_blocks, take, *args)
-        tokens = []
-
-        def take_token(i: int, y: torch.Tensor) -> None:
-            tokens.append(y[:, :1].clone())  # a view would keep the whole of y alive
-            take(i, y)
-
-        x = super().forward_blocks(x, feat_size, num_blocks, take_token, *args)
-        last = self.lca(torch.cat(tokens, dim=1) + self.pos_layer_embed[:, :num_blocks])
-        return torch.cat([last, x[:, 1:]], dim=1)
+            return x
+        last = self.lca(torch.cat(call.tokens, dim=1) + self.pos_layer_embed[:, : len(call.tokens)])
+        return torch.cat([self.norm(last), x[:, 1:]], dim=1)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
     renamed = {}
-    for name, tensor in convert_state_dict(state_dict).items():
+    for name, tensor in state_dict.items():
         name = re.sub(r'^i2t\.(backbone\.)?', 'patch_embed.proj.', name)
         name = re.sub(r'\.(leff|feedforward)\.', '.mlp.', name)
         renamed[name] = tensor
     return vit_checkpoint_filter_fn(renamed, model)
 
 
-def _create_ceit(variant: str, pretrained: bool = False, **kwargs) -> Ceit:
-    return build_mrla(
-        Ceit,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
-        **kwargs,
+def _ceit(pretrained: bool = False, **kwargs) -> Ceit:
+    feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
+    return build_model_with_cfg(
+        Ceit, 'ceit', pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs
     )
 
 
-_cfg = partial(model_cfg, crop_pct=0.9, fixed_input_size=True, first_conv='patch_embed.proj.conv', classifier='head')
+_cfg = dict(
+    input_size=(3, 224, 224),
+    crop_pct=0.9,
+    interpolation='bicubic',
+    fixed_input_size=True,
+    first_conv='patch_embed.proj.conv',
+    classifier='head',
+)
 
-default_cfgs = generate_default_cfgs({f'ceit_{size}_mrla': _cfg() for size in ('tiny', 'small', 'base')})
+default_cfgs = generate_default_cfgs({f'ceit_{size}_mrla': _cfg for size in ('tiny', 'small', 'base')})
 
 
 @register_model
 def ceit_tiny_mrla(pretrained: bool = False, **kwargs) -> Ceit:
     """CeiT-tiny with MRLA-light."""
     model_args = dict(embed_dim=192, depth=12, num_heads=3)
-    return _create_ceit('ceit_tiny_mrla', pretrained, **dict(model_args, **kwargs))
+    return build(_ceit, 'ceit_tiny_mrla', None, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ceit_small_mrla(pretrained: bool = False, **kwargs) -> Ceit:
     """CeiT-small with MRLA-light."""
     model_args = dict(embed_dim=384, depth=12, num_heads=6)
-    return _create_ceit('ceit_small_mrla', pretrained, **dict(model_args, **kwargs))
+    return build(_ceit, 'ceit_small_mrla', None, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ceit_base_mrla(pretrained: bool = False, **kwargs) -> Ceit:
     """CeiT-base with MRLA-light."""
     model_args = dict(embed_dim=768, depth=12, num_heads=12)
-    return _create_ceit('ceit_base_mrla', pretrained, **dict(model_args, **kwargs))
+    return build(_ceit, 'ceit_base_mrla', None, pretrained, **dict(model_args, **kwargs))

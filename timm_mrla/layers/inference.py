@@ -1,0 +1,89 @@
+"""Layer attention of the form `post` for inference: the batch norm folded, sums in place if no gradient is asked for.
+
+Written in place are only maps that these modules make and nobody else holds.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_mrla.layers.layout import from_map, to_map
+from timm_mrla.layers.weights import per_channel
+
+__all__ = ['InferenceBase', 'InferenceLight', 'is_foldable']
+
+
+def is_foldable(norm: nn.Module) -> bool:
+    """Whether a norm is, in evaluation mode, a scale and a bias for each channel."""
+    is_linear = isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity)
+    return is_linear and norm.running_var is not None
+
+
+def _fold(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and bias [C] of a batch norm in evaluation mode."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    bias = -norm.running_mean * scale
+    return (scale, bias) if norm.weight is None else (scale * norm.weight, bias * norm.weight + norm.bias)
+
+
+def _cast(*parameters: nn.Parameter, like: torch.Tensor) -> list[torch.Tensor]:
+    """Parameters [C] as they meet a map."""
+    return [p.to(like.dtype)[:, None, None] for p in parameters]
+
+
+class InferenceLight(nn.Module):
+    """MRLA-light of the form `post`: `x = mrla(x, o)`."""
+
+    def __init__(self, mrla: nn.Module) -> None:
+        super().__init__()
+        scale, bias = _fold(mrla.norm)
+        self.layout, self.attn = mrla.layout, mrla.attn
+        self.weight = nn.Parameter(mrla.v.weight * scale[:, None, None, None])
+        self.bias_v = None if mrla.v.bias is None else nn.Parameter(mrla.v.bias * scale)
+        self.lam = nn.Parameter(mrla.lam * scale)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: tuple[int, int] | None = None) -> torch.Tensor:
+        x, prefix = to_map(x, self.layout, feat_size)
+        o, _ = to_map(o, self.layout, feat_size)
+        g = per_channel(self.attn(x), x.shape[1])
+        v = F.conv2d(x, self.weight, self.bias_v, padding=1, groups=x.shape[1])
+        lam, bias = _cast(self.lam, self.bias, like=v)
+        if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
+            x = x + (g.to(v.dtype) * v + lam * o + bias)
+        else:
+            x = torch.addcmul(bias, g.to(v.dtype), v, out=v).addcmul_(lam, o).add_(x)
+        return from_map(x, self.layout, prefix)
+
+
+class InferenceBase(nn.Module):
+    """MRLA-base of the form `post`: `x, memory = mrla(x, memory)`."""
+
+    def __init__(self, mrla: nn.Module) -> None:
+        super().__init__()
+        scale, bias = _fold(mrla.norm)
+        self.layout, self.attn, self.v = mrla.layout, mrla.attn, mrla.v
+        self.scale, self.bias = nn.Parameter(scale), nn.Parameter(bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        memory: tuple[torch.Tensor, ...] = (),
+        feat_size: tuple[int, int] | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        x, prefix = to_map(x, self.layout, feat_size)
+        weights, k = self.attn(x, memory[::2])
+        memory = (*memory, k, self.v(x))
+        v = memory[-1]
+        scale, m = _cast(self.scale, self.bias, like=v)
+        weights = [per_channel(weights[..., s], v.shape[1]).to(v.dtype) * scale for s in range(len(memory) // 2)]
+        if torch.is_grad_enabled() or x.dtype != v.dtype:
+            for weight, value in zip(weights, memory[1::2], strict=True):
+                m = m + weight * value
+            x = x + m.relu()
+        else:
+            m = torch.addcmul(m, weights[0], memory[1])
+            for weight, value in zip(weights[1:], memory[3::2], strict=True):
+                m.addcmul_(weight, value)
+            x = m.relu_().add_(x)
+        return from_map(x, self.layout, prefix), memory

@@ -1,0 +1,61 @@
+"""Where the weights of layer attention come from: queries and keys of the blocks' maps."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+__all__ = ['BaseWeights', 'LightWeights', 'per_channel']
+
+
+class _Weights(nn.Module):
+    """Query and key of a map."""
+
+    def __init__(self, dim: int, dim_head: int, device=None, dtype=None) -> None:
+        """
+        Args:
+            dim: Number of channels, C.
+            dim_head: Channels per head, d; divides dim, or ValueError is raised.
+        """
+        super().__init__()
+        if dim_head < 1 or dim % dim_head:
+            raise ValueError(f'dim {dim} is not divisible by dim_head {dim_head}')
+        self.num_heads = dim // dim_head
+        t = int(abs((math.log2(dim) + 1) / 2))  # the kernel size that ECA-Net (arXiv:1910.03151) derives from the width
+        kernel_size = t if t % 2 else t + 1
+        # both convolutions in one, over an image of height B: a batch of tiny 1-d ones takes several times as long
+        self.qk = nn.Conv2d(
+            1, 2, (1, kernel_size), padding=(0, kernel_size // 2), bias=False, device=device, dtype=dtype
+        )
+
+    def query_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query, over sqrt(d), and key [B, heads, d] of a map [B, C, H, W]."""
+        # the gradient of a sum is a view, where that of a mean is a map; float16 cannot hold the sum of a large map
+        y = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
+        q, k = self.qk(y.to(x.dtype)[None, None])[0].unflatten(-1, (self.num_heads, -1))
+        return q * q.shape[-1] ** -0.5, k
+
+
+class LightWeights(_Weights):
+    """The gate of MRLA-light: `sigmoid(<q, k> / sqrt(d))`, map [B, C, H, W] -> [B, heads]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.query_key(x)
+        return (q * k).sum(-1).sigmoid()
+
+
+class BaseWeights(_Weights):
+    """The attention of MRLA-base: `softmax_s(<q_t, k_s> / sqrt(d))` over the blocks s <= t of the stage.
+
+    Map [B, C, H, W] and the keys of the blocks s < t -> weights [B, heads, t + 1] and the key of block t.
+    """
+
+    def forward(self, x: torch.Tensor, keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self.query_key(x)
+        return torch.stack([(q * key).sum(-1) for key in (*keys, k)], dim=-1).softmax(-1), k
+
+
+def per_channel(weights: torch.Tensor, dim: int) -> torch.Tensor:
+    """Weights of heads [B, heads] -> of channels [B, dim, 1, 1]."""
+    return weights.unsqueeze(-1).expand(-1, -1, dim // weights.shape[1]).reshape(-1, dim, 1, 1)

@@ -1,0 +1,82 @@
+"""Layer attention on a model that a user has."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from timm_mrla.layers import layer_attentions
+from timm_mrla.models._graft import LightBlock, Sites, find_sites, graft
+from timm_mrla.models._registry import BACKBONES
+from timm_mrla.models._weights import forget_source
+
+__all__ = ['attach', 'sites']
+
+
+def _entry(model: nn.Module) -> str:
+    """The name of a model in timm's registry, without layer attention; '' if it has none."""
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or ''
+    return BACKBONES.get(name, name)
+
+
+def sites(model: nn.Module) -> Sites:
+    """The blocks of a model, and which of them can have layer attention.
+
+    Args:
+        model: A model of timm's, with or without layer attention.
+
+    Returns:
+        For each block, in their order: its name, the name of its class, channels, the form and the layout of layer
+        attention, and the reason why it can have none, empty if it can. Printed, a table.
+    """
+    return find_sites(model, LightBlock, _entry(model))
+
+
+def _wrapper(model: nn.Module) -> str:
+    """What a model is wrapped by, if it is."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+    if getattr(model, '_compiled_call_impl', None) is not None or hasattr(model, '_orig_mod'):
+        return 'torch.compile'
+    return next((cls.__name__ for m in model.modules() for cls in wrappers if isinstance(m, cls)), '')
+
+
+def attach(
+    model: nn.Module,
+    blocks: str | Iterable[str] | None = None,
+    identity: bool = True,
+) -> nn.Module:
+    """Add MRLA-light to a model of timm's, in place.
+
+    Each block that can have it gets a child `mrla`. The backbone keeps its parameters and their names, device, dtype,
+    memory format, mode and what requires gradients. What `timm.create_model` built can then be saved and published, and
+    loads as the entry `<name>_mrla`.
+
+    Args:
+        model: The model.
+        blocks: Patterns of names of blocks, as of the shell, such as 'stages.2.*'; all that can have it if None.
+        identity: It adds exactly nothing until it is trained, with a gradient from the first step on. Otherwise it is
+            initialized as for training from scratch.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has layer attention, is wrapped, or has no block that can have it, or a pattern matches
+            none.
+    """
+    if layer_attentions(model):
+        raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
+    if wrapper := _wrapper(model):
+        raise ValueError(f'{type(model).__name__} is wrapped by {wrapper}; attach first, then wrap')
+    blocks = [blocks] if isinstance(blocks, str) else blocks and [*blocks]
+    backbone = _entry(model)
+    graft(model, LightBlock, backbone, blocks, identity)
+    entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
+    if entry:
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': entry}
+        forget_source(model)
+        if blocks is not None:
+            # where timm keeps the arguments that a model is built with, for saving it
+            model._model_args = {**getattr(model, '_model_args', {}), 'mrla_blocks': blocks}
+    return model

@@ -1,0 +1,209 @@
+"""timm's entries with layer attention as entries of their own: registration, configuration and construction."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    list_models,
+    model_entrypoint,
+    resolve_pretrained_cfg,
+)
+from timm.models import register_model as timm_register_model
+from timm.models._prune import adapt_model_from_file  # how timm gives an entry its pruned widths; not exported
+from torch import nn
+
+from timm_mrla.layers import layer_attentions
+from timm_mrla.models._graft import BaseBlock, LightBlock, graft
+from timm_mrla.models._weights import (
+    TAG,
+    apply_filter,
+    convert_state_dict,
+    fit_state_dict,
+    forget_source,
+    is_warm_start,
+    source_of,
+    warm_start_cfg,
+    without_weights,
+)
+
+__all__ = ['BACKBONES', 'build', 'register_base', 'register_light', 'register_model']
+
+BACKBONES: dict[str, str] = {}  # our entries -> timm's entries that they are built from
+
+
+def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """timm's `register_model`, except that a name which is taken stays as it is."""
+    return fn if is_model(fn.__name__) else timm_register_model(fn)
+
+
+def register_light(module: str, names: dict[str, str] | None = None) -> None:
+    """Register each entry of the module of timm's that has the name of ours, as `ENTRY_mrla`.
+
+    Args:
+        module: `__name__` of a module of ours, which has `default_cfgs`.
+        names: Names of entries that the paper calls otherwise, by timm's name, without `_mrla`.
+    """
+    name = module.rpartition('.')[2]
+    for backbone in list_models(module=name):
+        if model_entrypoint(backbone).__module__ == f'timm.models.{name}':
+            _register(module, f'{(names or {}).get(backbone, backbone)}_mrla', backbone, LightBlock)
+
+
+def register_base(module: str, names: dict[str, str], warm: bool = True, **kwargs) -> None:
+    """Register entries of timm's with MRLA-base.
+
+    Args:
+        module: `__name__` of a module of ours, which has `default_cfgs`.
+        names: Names of ours, without `_mrlab`, by timm's.
+        warm: Whether they can start from timm's weights.
+        **kwargs: filter_fn, model_args and cfg, as below.
+    """
+    for backbone, name in names.items():
+        _register(module, f'{name}_mrlab', backbone, BaseBlock, warm, **kwargs)
+
+
+def _register(
+    module: str,
+    entry: str,
+    backbone: str,
+    kind: type,
+    warm: bool = True,
+    filter_fn: Callable[..., dict[str, torch.Tensor]] | None = None,
+    model_args: dict[str, Any] | None = None,
+    **cfg,
+) -> None:
+    """Register one entry, with the configurations of timm's and what cfg says otherwise.
+
+    The entry itself has no weights: each tag of the backbone's is a tag of its own, a warm start. filter_fn comes
+    before timm's filter of checkpoints, and model_args are arguments of timm's entry.
+    """
+    scope, stock = sys.modules[module], model_entrypoint(backbone)
+
+    def fn(pretrained: bool = False, **kwargs) -> nn.Module:
+        return build(stock, entry, kind, pretrained, filter_fn, **{**(model_args or {}), **kwargs})
+
+    fn.__name__ = fn.__qualname__ = entry
+    fn.__module__ = module
+    fn.__doc__ = f"timm's {backbone} with MRLA-{'light' if kind is LightBlock else 'base'}."
+    default = sys.modules[stock.__module__].default_cfgs[backbone]
+    cfgs = {
+        f'{entry}.{TAG}{tag}': replace(warm_start_cfg(default.cfgs[tag], entry, f'{backbone}.{tag}'), **cfg)
+        for tag in default.tags
+        if warm and tag and default.cfgs[tag].has_weights
+    }
+    # timm makes the first tag with weights the default, unless the entry itself follows as `ENTRY.*`: nobody gets a
+    # warm start without asking for it
+    cfgs[f'{entry}.*'] = replace(without_weights(default.default), **cfg)
+    scope.default_cfgs.update(generate_default_cfgs(cfgs))
+    setattr(scope, entry, fn)
+    register_model(fn)
+    BACKBONES[entry] = backbone
+
+
+def _with_builder(entrypoint: Callable[..., nn.Module], builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """An entrypoint of timm's, for which the functions of its module call another `build_model_with_cfg`.
+
+    What a family gives that function, its class, filter of checkpoints and features, is to be had nowhere else.
+    """
+    scope = dict(entrypoint.__globals__, build_model_with_cfg=builder)
+    for name, fn in entrypoint.__globals__.items():
+        if isinstance(fn, FunctionType) and fn.__globals__ is entrypoint.__globals__:
+            scope[name] = FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
+            scope[name].__kwdefaults__ = fn.__kwdefaults__
+    return scope[entrypoint.__name__]
+
+
+def build(
+    stock: Callable[..., nn.Module],
+    entry: str,
+    kind: type[LightBlock] | type[BaseBlock] | None,
+    pretrained: bool,
+    filter_fn: Callable[..., dict[str, torch.Tensor]] | None = None,
+    pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    mrla_recompute: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """Build a model as an entrypoint of timm's does, with layer attention, and strict about weights.
+
+    Args:
+        stock: timm's entrypoint.
+        entry: Our entry.
+        kind: LightBlock or BaseBlock; None if the entrypoint builds its layer attention itself.
+        pretrained: Load weights.
+        filter_fn: Filter of checkpoints, before timm's.
+        pretrained_cfg: As in timm.
+        pretrained_cfg_overlay: As in timm.
+        mrla_recompute: Backward computes the layer attentions again, rather than save what they make.
+        **kwargs: Arguments of the entrypoint; unless kind is None, also those of `graft`, as `mrla_blocks` and so on.
+
+    Raises:
+        TypeError: An argument is unknown.
+        ValueError: An argument has a bad value, also where timm asserts.
+        RuntimeError: The weights cannot be had or do not fit.
+    """
+    ours = [name for name in kwargs if kind and name.startswith('mrla_')]
+    choice = {name.removeprefix('mrla_'): kwargs.pop(name) for name in ours}
+    cfg = resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay)
+    if cfg.hf_hub_id and not cfg.hf_hub_filename and (cfg.source or cfg.hf_hub_id.startswith('timm/')):
+        # without a name, timm takes any failure of the network for a missing file, and asks for a pickle
+        cfg = replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
+    warm = is_warm_start(cfg)
+
+    def builder(
+        model_cls: Callable[..., nn.Module],
+        variant: str,
+        *args,
+        pretrained_filter_fn: Callable[..., dict[str, torch.Tensor]] | None = None,
+        pretrained_strict: bool = True,
+        pruned: bool = False,
+        **kwargs,
+    ) -> nn.Module:
+        def grafted(**kwargs) -> nn.Module:
+            model = model_cls(**kwargs)
+            if pruned:
+                model.pretrained_cfg = cfg.to_dict()
+                model = adapt_model_from_file(model, variant)
+            if kind:
+                graft(model, kind, stock.__name__, **choice)
+            return model
+
+        def filters(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+            state_dict = convert_state_dict(state_dict)
+            for fn in filter(None, (filter_fn, pretrained_filter_fn)):
+                state_dict = apply_filter(fn, state_dict, model)
+            return fit_state_dict(state_dict, model, cfg, pretrained_strict)
+
+        kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=filters, pretrained_strict=pretrained_strict)
+        return build_model_with_cfg(grafted, variant, pretrained, **kwargs)
+
+    try:
+        # some of timm's functions look at the tag
+        tag = (cfg.tag or '').removeprefix(TAG)
+        model = _with_builder(stock, builder)(pretrained=pretrained, pretrained_cfg=tag, **kwargs)
+    except AssertionError as e:
+        reason = str(e) or traceback.extract_tb(e.__traceback__)[-1].line
+        arguments = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if isinstance(v, int | float | str | tuple))
+        raise ValueError(f'{entry} cannot be built with {arguments}: {reason}') from e
+    except (RuntimeError, OSError, SafetensorError) as e:
+        source = source_of(cfg)
+        if not pretrained or not source or source in str(e):
+            raise
+        raise RuntimeError(f'{entry} cannot be loaded from {source}: {e}') from e
+    if not layer_attentions(model):
+        raise ValueError(f'{type(model).__name__}, which timm builds for {entry} with {kwargs}, has no layer attention')
+    for layer in layer_attentions(model).values():
+        layer.recompute = mrla_recompute
+    if warm:
+        forget_source(model)
+    return model
