@@ -1,52 +1,7 @@
-from timm_mrla.models import (
-    ceit,
-    convnext,
-    davit,
-    deit,
-    edgenext,
-    efficientnet,
-    eva,
-    fastvit,
-    focalnet,
-    inception_next,
-    mambaout,
-    maxxvit,
-    metaformer,
-    mobilenetv3,
-    pvt_v2,
-    regnet,
-    resnet,
-    resnetv2,
-    starnet,
-    swin_transformer,
-    swin_transformer_v2,
-    vision_transformer,
-)
+# ruff: noqa: F401, I001  importing a family registers it
+from timm_mrla.models import ceit, convnext, davit, deit, edgenext, efficientnet, eva, fastvit, focalnet, inception_next
+from timm_mrla.models import mambaout, maxxvit, metaformer, mobilenetv3, pvt_v2, regnet, resnet, resnetv2, starnet
+from timm_mrla.models import swin_transformer, swin_transformer_v2, vision_transformer
 from timm_mrla.models._attach import attach, sites
 
-__all__ = [
-    'attach',
-    'ceit',
-    'convnext',
-    'davit',
-    'deit',
-    'edgenext',
-    'efficientnet',
-    'eva',
-    'fastvit',
-    'focalnet',
-    'inception_next',
-    'mambaout',
-    'maxxvit',
-    'metaformer',
-    'mobilenetv3',
-    'pvt_v2',
-    'regnet',
-    'resnet',
-    'resnetv2',
-    'sites',
-    'starnet',
-    'swin_transformer',
-    'swin_transformer_v2',
-    'vision_transformer',
-]
+__all__ = ['attach', 'sites']

@@ -6,6 +6,7 @@ names of the backbone's parameters stay, and with them checkpoints, filters, lay
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -27,7 +28,7 @@ from torch import nn
 
 from timm_mrla.layers import MrlaBase, MrlaLight
 
-__all__ = ['BaseBlock', 'Calls', 'Host', 'LightBlock', 'Site', 'Sites', 'View', 'find_sites', 'graft']
+__all__ = ['BaseBlock', 'Calls', 'Host', 'LightBlock', 'Recipe', 'Sites', 'View', 'find_sites', 'graft']
 
 # norms over the last dimension, or without parameters that train -> their like for maps [B, C, H, W]
 _LIKE = {
@@ -54,11 +55,12 @@ class Sites(list[Site]):
     """The blocks of a model in their order; printed, a table."""
 
     def __str__(self) -> str:
-        rows = [[str(cell) for cell in site] for site in self]
-        rows = [Site._fields[:5], *([*row[:5]] if not row[5] else [*row[:2], f'none: {row[5]}'] for row in rows)]
-        widths = [max(len(row[i]) for row in rows if len(row) > max(i, 3)) for i in range(5)]
-        widths[:2] = (max(len(row[i]) for row in rows) for i in range(2))
-        return '\n'.join('  '.join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows)
+        w, v = (max((len(site[i]) for site in self), default=0) for i in (0, 1))
+        rows = [f'{"block":{w}}  {"class":{v}}  channels  form  layout']
+        for name, block, channels, form, layout, reason in self:
+            what = f'none: {reason}' if reason else f'{channels:8}  {form:4}  {layout}'
+            rows.append(f'{name:{w}}  {block:{v}}  {what}')
+        return '\n'.join(rows)
 
     __repr__ = __str__
 
@@ -86,6 +88,12 @@ class Calls(list):
 
 class Host:
     """Before a class of timm's among the bases: what holds the blocks, and hands them what timm's own does not."""
+
+    stock: type[nn.Module]  # timm's class
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.stock = cls.__bases__[-1]
 
     @classmethod
     def adopt(cls, module: nn.Module) -> None:
@@ -132,21 +140,29 @@ class Recipe:
 
 
 class _Block:
+    """Before a class of timm's blocks among the bases: the block, followed by layer attention."""
+
+    stock: type[nn.Module]  # timm's class
     recipe: Recipe
     layer: type[nn.Module]
+    prefix: str
     max_dim_head: dict[str, int]
-    classes: dict[type[nn.Module], type['_Block']]
+    classes: dict[type[nn.Module], type['_Block']]  # by timm's
 
-    def __init_subclass__(cls, **recipe) -> None:
-        super().__init_subclass__()
-        if recipe:
-            cls.recipe = Recipe(**recipe)
-            cls.classes[cls.__bases__[-1]] = cls
+    @classmethod
+    def define(cls, module: str, recipes: dict[type[nn.Module], Recipe]) -> None:
+        """Make a class of this one and of each of timm's, in a module of ours, where pickle finds it."""
+        for block, recipe in recipes.items():
+            doc = f"timm's {block.__name__}, followed by {cls.layer.__name__}."
+            name = cls.prefix + block.__name__
+            ours = type(name, (cls, block), {'__module__': module, '__doc__': doc, 'stock': block, 'recipe': recipe})
+            setattr(sys.modules[module], name, ours)
+            cls.classes[block] = ours
 
     @classmethod
     def host_of(cls, owner: nn.Module | None) -> type[Host] | None:
         """The host that a module is or can become."""
-        return next((host for host in cls.recipe.hosts if type(owner) in (host, host.__bases__[-1])), None)
+        return next((host for host in cls.recipe.hosts if type(owner) in (host, host.stock)), None)
 
     @classmethod
     def site(cls, name: str, block: nn.Module, owner: nn.Module | None, entry: str) -> Site:
@@ -164,7 +180,7 @@ class _Block:
         else:
             reason = 'its norm has no weight that could be zero' if weight is None else ''
         channels = None if weight is None else len(weight)
-        return Site(name, cls.__bases__[-1].__name__, channels, recipe.form, recipe.layout_of(block), reason)
+        return Site(name, cls.stock.__name__, channels, recipe.form, recipe.layout_of(block), reason)
 
     @classmethod
     def graft(cls, block: nn.Module, site: Site, drop_path: float | None) -> nn.Module:
@@ -202,21 +218,18 @@ def _like(norm: nn.Module, on_maps: bool) -> Callable[..., nn.Module]:
 
 
 class LightBlock(_Block):
-    """Before a block class of timm's among the bases: the block, followed by MRLA-light. Tensor in, tensor out."""
+    """With MRLA-light: tensor in, tensor out."""
 
-    layer, max_dim_head, classes = MrlaLight, {'post': 32, 'pre': 16}, {}
+    layer, prefix, max_dim_head, classes = MrlaLight, 'Mrla', {'post': 32, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *args, feat_size: tuple[int, int] | None = None, **kwargs) -> torch.Tensor:
         return self.mrla(super().forward(x, *args, **kwargs), x, feat_size)
 
 
 class BaseBlock(_Block):
-    """Before a block class of timm's among the bases: the block, followed by MRLA-base.
+    """With MRLA-base: `x, *memory = block(x, *memory)`, since checkpointing sees no tensors that are nested."""
 
-    `x, *memory = block(x, *memory)`. The memory is handed over as tensors of its own, since checkpointing sees none that is nested.
-    """
-
-    layer, max_dim_head, classes = MrlaBase, {'post': 16, 'pre': 16}, {}
+    layer, prefix, max_dim_head, classes = MrlaBase, 'MrlaBase', {'post': 16, 'pre': 16}, {}
 
     def forward(
         self,

@@ -23,7 +23,7 @@ from timm.models._prune import adapt_model_from_file  # how timm gives an entry 
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
-from timm_mrla.models._graft import BaseBlock, LightBlock, graft
+from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
 from timm_mrla.models._weights import (
     TAG,
     apply_filter,
@@ -46,30 +46,46 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return fn if is_model(fn.__name__) else timm_register_model(fn)
 
 
-def register_light(module: str, names: dict[str, str] | None = None) -> None:
+def register_light(
+    module: str,
+    blocks: dict[type[nn.Module], Recipe],
+    names: dict[str, str] | None = None,
+    base: type[LightBlock] = LightBlock,
+) -> None:
     """Register each entry of the module of timm's that has the name of ours, as `ENTRY_mrla`.
 
     Args:
-        module: `__name__` of a module of ours, which has `default_cfgs`.
+        module: `__name__` of a module of ours.
+        blocks: How the blocks of its models get layer attention.
         names: Names of entries that the paper calls otherwise, by timm's name, without `_mrla`.
+        base: What the classes of these blocks are made with.
     """
+    base.define(module, blocks)
     name = module.rpartition('.')[2]
     for backbone in list_models(module=name):
         if model_entrypoint(backbone).__module__ == f'timm.models.{name}':
             _register(module, f'{(names or {}).get(backbone, backbone)}_mrla', backbone, LightBlock)
 
 
-def register_base(module: str, names: dict[str, str], warm: bool = True, **kwargs) -> None:
+def register_base(
+    module: str,
+    blocks: dict[type[nn.Module], Recipe],
+    names: dict[str, str],
+    base: type[BaseBlock] = BaseBlock,
+    **kwargs,
+) -> None:
     """Register entries of timm's with MRLA-base.
 
     Args:
-        module: `__name__` of a module of ours, which has `default_cfgs`.
+        module: `__name__` of a module of ours.
+        blocks: How the blocks of its models get layer attention.
         names: Names of ours, without `_mrlab`, by timm's.
-        warm: Whether they can start from timm's weights.
-        **kwargs: filter_fn, model_args and cfg, as below.
+        base: What the classes of these blocks are made with.
+        **kwargs: warm, filter_fn, model_args and cfg, as below.
     """
+    base.define(module, blocks)
     for backbone, name in names.items():
-        _register(module, f'{name}_mrlab', backbone, BaseBlock, warm, **kwargs)
+        _register(module, f'{name}_mrlab', backbone, BaseBlock, **kwargs)
 
 
 def _register(
@@ -84,8 +100,8 @@ def _register(
 ) -> None:
     """Register one entry, with the configurations of timm's and what cfg says otherwise.
 
-    The entry itself has no weights: each tag of the backbone's is a tag of its own, a warm start. filter_fn comes
-    before timm's filter of checkpoints, and model_args are arguments of timm's entry.
+    The entry itself has no weights: each tag of the backbone's is a tag of its own, a warm start, if warm. filter_fn
+    comes before timm's filter of checkpoints, and model_args are arguments of timm's entry.
     """
     scope, stock = sys.modules[module], model_entrypoint(backbone)
 
@@ -104,7 +120,7 @@ def _register(
     # timm makes the first tag with weights the default, unless the entry itself follows as `ENTRY.*`: nobody gets a
     # warm start without asking for it
     cfgs[f'{entry}.*'] = replace(without_weights(default.default), **cfg)
-    scope.default_cfgs.update(generate_default_cfgs(cfgs))
+    vars(scope).setdefault('default_cfgs', {}).update(generate_default_cfgs(cfgs))
     setattr(scope, entry, fn)
     register_model(fn)
     BACKBONES[entry] = backbone

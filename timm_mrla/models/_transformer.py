@@ -37,12 +37,12 @@ class GridHost(Host):
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """timm's method, the grid handed to the blocks."""
         call = self.call(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
-        return self.finish(call, super().forward_features.__func__(call, x, *args, **kwargs))
+        return self.finish(call, self.stock.forward_features(call, x, *args, **kwargs))
 
     def forward_intermediates(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """timm's method, the grid handed to the blocks."""
         call = self.call(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
-        out = super().forward_intermediates.__func__(call, x, *args, **kwargs)
+        out = self.stock.forward_intermediates(call, x, *args, **kwargs)
         if isinstance(out, tuple):
             return self.finish(call, out[0]), out[1]
         if isinstance(out, dict) and 'image_features' in out:

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from timm_mrla.models._base import chain
-from timm_mrla.models._graft import BaseBlock, View
+from timm_mrla.models._graft import Recipe, View
 from timm_mrla.models._registry import register_base, register_light
 from timm_mrla.models._transformer import GridHost
 
@@ -32,14 +32,9 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
         return View(self, blocks=blocks, grad_checkpointing=False)
 
 
-class MrlaBaseBlock(BaseBlock, Block, form='pre', norm='norm1', layout='NLC', hosts=(MrlaBaseVisionTransformer,)):
-    """timm's block, followed by MRLA-base."""
-
-
 _sizes = ('tiny', 'small', 'base')
 _names = {f'deit_{size}_patch16_224': f'deit_{size}' for size in _sizes}
 _distilled = {f'deit_{size}_distilled_patch16_224': f'deit_{size}_distilled' for size in _sizes}
 
-default_cfgs = {}
-register_light(__name__, {**_names, **_distilled})
-register_base(__name__, _names)
+register_light(__name__, {}, {**_names, **_distilled})  # the blocks are those of the vision transformer
+register_base(__name__, {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))}, _names)

@@ -1,12 +1,29 @@
-"""EfficientNet and its kin with MRLA-light.
+"""EfficientNet and its kin with MRLA-light, with eight heads, in the blocks that have a skip
 
 Papers:
 * `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
 * `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks` - https://arxiv.org/abs/1905.11946
 """
 
-from timm_mrla.models import _mobile  # noqa: F401  the blocks
+import math
+from functools import partial
+
+from timm.models import _efficientnet_blocks as timm_blocks  # not exported
+from torch import nn
+
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 
-default_cfgs = {}
-register_light(__name__)
+_init_v = partial(nn.init.normal_, std=math.sqrt(2 / 9))
+_recipe = partial(Recipe, 'post', where=lambda block: block.has_skip, num_heads=8, init_v=_init_v)
+_not_in = ('efficientnet_b0', 'efficientnet_b1', 'efficientnet_b2')
+
+blocks = {
+    timm_blocks.InvertedResidual: _recipe('bn3'),
+    timm_blocks.EdgeResidual: _recipe('bn2', not_in=_not_in),
+    timm_blocks.DepthwiseSeparableConv: _recipe('bn2', not_in=_not_in),
+    timm_blocks.UniversalInvertedResidual: _recipe('pw_proj.bn', not_in=_not_in),
+    timm_blocks.MobileAttention: _recipe('norm', not_in=_not_in),
+    timm_blocks.ConvBnAct: _recipe('bn1', not_in=_not_in),
+}
+register_light(__name__, blocks)

@@ -2,22 +2,13 @@
 
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 from timm_mrla.models._transformer import GridHost
 
 
 class MrlaEva(GridHost, Eva):
-    """timm's transformer with layer attention."""
+    """timm's transformer with MRLA-light."""
 
 
-class MrlaEvaBlock(LightBlock, EvaBlock, form='pre', norm='norm1', layout='NLC', hosts=(MrlaEva,)):
-    """timm's block, followed by layer attention."""
-
-
-class MrlaEvaBlockPostNorm(LightBlock, EvaBlockPostNorm, form='pre', norm='norm1', layout='NLC', hosts=(MrlaEva,)):
-    """timm's block with norms after its branches, followed by layer attention."""
-
-
-default_cfgs = {}
-register_light(__name__)
+register_light(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))))

@@ -2,18 +2,8 @@
 
 from timm.models.focalnet import FocalNetBlock
 
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 
-
-class MrlaFocalNetBlock(
-    LightBlock,
-    FocalNetBlock,
-    form='pre',
-    norm=lambda block: block.norm1_post if block.use_post_norm else block.norm1,
-):
-    """timm's block, followed by layer attention."""
-
-
-default_cfgs = {}
-register_light(__name__)
+blocks = {FocalNetBlock: Recipe('pre', lambda block: block.norm1_post if block.use_post_norm else block.norm1)}
+register_light(__name__, blocks)

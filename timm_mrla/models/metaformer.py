@@ -3,7 +3,7 @@
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
-from timm_mrla.models._graft import Host, LightBlock, View
+from timm_mrla.models._graft import Host, Recipe, View
 from timm_mrla.models._registry import register_light
 from timm_mrla.models._transformer import with_grid
 
@@ -15,20 +15,12 @@ class MrlaMetaFormerStage(Host, MetaFormerStage):
         if self.use_nchw:
             return super().forward(x)
         x = self.downsample(x)
-        call = View(self, downsample=nn.Identity(), blocks=with_grid(self.blocks, x.shape[-2:]))
-        return super().forward.__func__(call, x)
+        call = View(self, downsample=lambda x: x, blocks=with_grid(self.blocks, x.shape[-2:]))
+        return self.stock.forward(call, x)
 
 
-class MrlaMetaFormerBlock(
-    LightBlock,
-    MetaFormerBlock,
-    form='pre',
-    norm='norm1',
-    layout=lambda block: 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC',
-    hosts=(MrlaMetaFormerStage,),
-):
-    """timm's block, followed by layer attention."""
+def _layout(block: nn.Module) -> str:
+    return 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC'
 
 
-default_cfgs = {}
-register_light(__name__)
+register_light(__name__, {MetaFormerBlock: Recipe('pre', 'norm1', _layout, hosts=(MrlaMetaFormerStage,))})

@@ -1,7 +1,5 @@
-"""MobileNetV3, MobileNetV4 and their kin with MRLA-light."""
+"""MobileNetV3, MobileNetV4 and their kin with MRLA-light. Their blocks are EfficientNet's."""
 
-from timm_mrla.models import _mobile  # noqa: F401  the blocks
 from timm_mrla.models._registry import register_light
 
-default_cfgs = {}
-register_light(__name__)
+register_light(__name__, {})

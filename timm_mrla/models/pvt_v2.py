@@ -7,19 +7,29 @@ Papers:
 The paper's authors released no PVTv2: this is layer attention as in their DeiT, with a memory for each stage.
 """
 
+from functools import partial
+
 import torch
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
 from timm_mrla.models._base import chain
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock, View
+from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe, View
 from timm_mrla.models._registry import register_base, register_light
 
 
-class MrlaBlock(LightBlock, Block, form='pre', norm='norm1', layout='NLC'):
-    """timm's block, followed by MRLA-light."""
+class _LightBlock(LightBlock):
+    """timm's loop hands the grid to its blocks, which read it too."""
 
     def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
         return self.mrla(super(LightBlock, self).forward(x, feat_size), x, feat_size)
+
+
+class _BaseBlock(BaseBlock):
+    """As above."""
+
+    def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        x, memory = self.mrla(super(BaseBlock, self).forward(x, feat_size), memory, feat_size)
+        return x, *memory
 
 
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
@@ -27,17 +37,11 @@ class MrlaBaseStage(Host, PyramidVisionTransformerStage):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         call = View(self, blocks=chain(self.blocks, self.grad_checkpointing), grad_checkpointing=False)
-        return super().forward.__func__(call, x)
+        return self.stock.forward(call, x)
 
 
-class MrlaBaseBlock(BaseBlock, Block, form='pre', norm='norm1', layout='NLC', hosts=(MrlaBaseStage,)):
-    """timm's block, followed by MRLA-base."""
+_recipe = partial(Recipe, 'pre', 'norm1', 'NLC')
 
-    def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        x, memory = self.mrla(super(BaseBlock, self).forward(x, feat_size), memory, feat_size)
-        return x, *memory
-
-
-default_cfgs = {}
-register_light(__name__)
-register_base(__name__, {f'pvt_v2_b{i}': f'pvt_v2_b{i}' for i in range(2)})
+register_light(__name__, {Block: _recipe()}, base=_LightBlock)
+names = {f'pvt_v2_b{i}': f'pvt_v2_b{i}' for i in range(2)}
+register_base(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=_BaseBlock)

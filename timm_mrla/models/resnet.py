@@ -13,10 +13,8 @@ from timm.models import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_mrla.models._base import chain
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock, View
+from timm_mrla.models._graft import Host, LightBlock, Recipe, View
 from timm_mrla.models._registry import register_base, register_light
-
-_init_v = partial(nn.init.kaiming_normal_, mode='fan_out', nonlinearity='relu')
 
 
 class _ShortcutBlock(LightBlock):
@@ -25,15 +23,7 @@ class _ShortcutBlock(LightBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         o = x if self.downsample is None else self.downsample(x)
         call = View(self, downsample=lambda x: o)
-        return self.mrla(super(LightBlock, self).forward.__func__(call, x), o)
-
-
-class MrlaBasicBlock(_ShortcutBlock, BasicBlock, form='post', norm='bn2', init_v=_init_v):
-    """timm's basic block, followed by MRLA-light."""
-
-
-class MrlaBottleneck(_ShortcutBlock, Bottleneck, form='post', norm='bn3', init_v=_init_v):
-    """timm's bottleneck, followed by MRLA-light."""
+        return self.mrla(self.stock.forward(call, x), o)
 
 
 class MrlaBaseStage(nn.Sequential):
@@ -63,23 +53,18 @@ class MrlaBaseResNet(Host, ResNet):
                 module.grad_checkpointing = enable
 
 
-class MrlaBaseBasicBlock(BaseBlock, BasicBlock, form='post', norm='bn2', init_v=_init_v, hosts=(MrlaBaseResNet,)):
-    """timm's basic block, followed by MRLA-base."""
-
-
-class MrlaBaseBottleneck(BaseBlock, Bottleneck, form='post', norm='bn3', init_v=_init_v, hosts=(MrlaBaseResNet,)):
-    """timm's bottleneck, followed by MRLA-base."""
-
-
 def _authors_stages(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The authors' MRLA-base calls the stages `stages.0` to `stages.3`."""
     return {re.sub(r'^stages\.(\d)\.', lambda m: f'layer{int(m[1]) + 1}.', k): v for k, v in state_dict.items()}
 
 
-default_cfgs = {}
-register_light(__name__)
+_recipe = partial(Recipe, 'post', init_v=partial(nn.init.kaiming_normal_, mode='fan_out', nonlinearity='relu'))
+_base = partial(_recipe, hosts=(MrlaBaseResNet,))
+
+register_light(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')}, base=_ShortcutBlock)
 register_base(
     __name__,
+    {BasicBlock: _base('bn2'), Bottleneck: _base('bn3')},
     {f'resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50, 101, 152)},
     warm=False,  # the ReLU after the norm passes no gradient where the norm is at zero
     filter_fn=_authors_stages,

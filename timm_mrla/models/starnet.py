@@ -2,13 +2,7 @@
 
 from timm.models.starnet import Block
 
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 
-
-class MrlaBlock(LightBlock, Block, form='post', norm='g.bn'):
-    """timm's block, followed by layer attention."""
-
-
-default_cfgs = {}
-register_light(__name__)
+register_light(__name__, {Block: Recipe('post', 'g.bn')})

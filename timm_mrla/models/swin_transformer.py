@@ -2,13 +2,7 @@
 
 from timm.models.swin_transformer import SwinTransformerBlock
 
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 
-
-class MrlaSwinTransformerBlock(LightBlock, SwinTransformerBlock, form='pre', norm='norm1', layout='NHWC'):
-    """timm's block, followed by layer attention."""
-
-
-default_cfgs = {}
-register_light(__name__)
+register_light(__name__, {SwinTransformerBlock: Recipe('pre', 'norm1', 'NHWC')})

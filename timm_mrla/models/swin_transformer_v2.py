@@ -2,13 +2,7 @@
 
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 
-
-class MrlaSwinTransformerV2Block(LightBlock, SwinTransformerV2Block, form='pre', norm='norm1', layout='NHWC'):
-    """timm's block, followed by layer attention."""
-
-
-default_cfgs = {}
-register_light(__name__)
+register_light(__name__, {SwinTransformerV2Block: Recipe('pre', 'norm1', 'NHWC')})

@@ -1,5 +1,7 @@
 """Vision Transformer with MRLA-light."""
 
+from functools import partial
+
 from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models.vision_transformer import (
     Block,
@@ -9,41 +11,26 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._graft import Recipe
 from timm_mrla.models._registry import register_light
 from timm_mrla.models._transformer import GridHost
 
 
 class MrlaVisionTransformer(GridHost, VisionTransformer):
-    """timm's vision transformer with layer attention."""
+    """timm's vision transformer with MRLA-light."""
 
 
 class MrlaVisionTransformerDistilled(GridHost, VisionTransformerDistilled):
-    """timm's distilled vision transformer with layer attention."""
+    """timm's distilled vision transformer with MRLA-light."""
 
 
-_recipe = dict(form='pre', layout='NLC', hosts=(MrlaVisionTransformer, MrlaVisionTransformerDistilled))
+_recipe = partial(Recipe, 'pre', layout='NLC', hosts=(MrlaVisionTransformer, MrlaVisionTransformerDistilled))
 
-
-class MrlaBlock(LightBlock, Block, norm='norm1', **_recipe):
-    """timm's block, followed by layer attention."""
-
-
-class MrlaResPostBlock(LightBlock, ResPostBlock, norm='norm1', **_recipe):
-    """timm's block with norms after its branches, followed by layer attention."""
-
-
-class MrlaParallelScalingBlock(LightBlock, ParallelScalingBlock, norm='in_norm', **_recipe):
-    """timm's block with attention and MLP side by side, followed by layer attention."""
-
-
-class MrlaDiffParallelScalingBlock(LightBlock, DiffParallelScalingBlock, norm='in_norm', **_recipe):
-    """timm's block with differential attention and MLP side by side, followed by layer attention."""
-
-
-class MrlaParallelThingsBlock(LightBlock, ParallelThingsBlock, norm='attns.0.norm', **_recipe):
-    """timm's block with several attentions and MLPs side by side, followed by layer attention."""
-
-
-default_cfgs = {}
-register_light(__name__)
+blocks = {
+    Block: _recipe('norm1'),
+    ResPostBlock: _recipe('norm1'),
+    ParallelScalingBlock: _recipe('in_norm'),
+    DiffParallelScalingBlock: _recipe('in_norm'),
+    ParallelThingsBlock: _recipe('attns.0.norm'),
+}
+register_light(__name__, blocks)
