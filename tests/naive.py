@@ -6,16 +6,29 @@ import torch
 import torch.nn.functional as F
 
 
-def query_key(conv, x, dim_head):
+def dim_head(attn, x):
+    """Channels per head on a map [C, H, W]."""
+    return len(x) // attn.num_heads
+
+
+def query_key(kernel, x, dim_head):
     """[C, H, W] -> heads lists of dim_head numbers: the channel means through a 1-d convolution over the channels."""
     y = [x[c].mean() for c in range(len(x))]
-    kernel = conv.weight.flatten()
+    kernel = kernel.flatten()
     pad = len(kernel) // 2
     out = []
     for c in range(len(y)):
         taps = [kernel[i] * y[c + i - pad] for i in range(len(kernel)) if 0 <= c + i - pad < len(y)]
         out.append(sum(taps))
     return [out[c : c + dim_head] for c in range(0, len(out), dim_head)]
+
+
+def query(attn, x):
+    return query_key(attn.qk.weight[0], x, dim_head(attn, x))
+
+
+def key(attn, x):
+    return query_key(attn.qk.weight[1], x, dim_head(attn, x))
 
 
 def dot(a, b):
@@ -29,11 +42,13 @@ def value(conv, x):
 
 def light(mrla, x, o):
     """What MRLA-light retrieves for one block, [B, C, H, W]: gates times values plus lam times the shortcut."""
-    d = mrla.attn.dim_head
+    d = dim_head(mrla.attn, x[0])
     out = []
     for x_i, o_i in zip(x, o, strict=True):
-        q, k = query_key(mrla.attn.q, x_i, d), query_key(mrla.attn.k, x_i, d)
-        v = mrla.act_v(mrla.norm_v(value(mrla.v, x_i)[None]))[0]
+        q, k = query(mrla.attn, x_i), key(mrla.attn, x_i)
+        v = mrla.norm_v(value(mrla.v, x_i)[None])[0]
+        if mrla.form == 'pre':
+            v = v * (1 + torch.erf(v / math.sqrt(2))) / 2
         channels = []
         for c in range(len(x_i)):
             g = 1 / (1 + torch.exp(-dot(q[c // d], k[c // d]) / math.sqrt(d)))
@@ -44,11 +59,11 @@ def light(mrla, x, o):
 
 def base(mrlas, xs):
     """What MRLA-base retrieves for the last block of xs, [B, C, H, W], from it and the blocks before it."""
-    d = mrlas[-1].attn.dim_head
+    d = dim_head(mrlas[-1].attn, xs[-1][0])
     out = []
     for i in range(len(xs[0])):
-        q = query_key(mrlas[-1].attn.q, xs[-1][i], d)
-        keys = [query_key(mrla.attn.k, x[i], d) for mrla, x in zip(mrlas, xs, strict=True)]
+        q = query(mrlas[-1].attn, xs[-1][i])
+        keys = [key(mrla.attn, x[i]) for mrla, x in zip(mrlas, xs, strict=True)]
         values = [value(mrla.v, x[i]) for mrla, x in zip(mrlas, xs, strict=True)]
         channels = []
         for c in range(len(xs[-1][i])):

@@ -21,7 +21,14 @@ from timm_mrla.layers import MrlaBase, MrlaLight, to_map
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
 BASE = ['resnet18_mrlab', 'pvt_v2_b0_mrlab', 'deit_tiny_mrlab']
-LIGHT = ['resnet18_mrla', 'pvt_v2_b0_mrla', 'deit_tiny_mrla', 'ceit_tiny_mrla', 'efficientnet_b0_mrla']
+LIGHT = [
+    'resnet18_mrla',
+    'pvt_v2_b0_mrla',
+    'deit_tiny_mrla',
+    'ceit_tiny_mrla',
+    'efficientnet_b0_mrla',
+    'swin_tiny_patch4_window7_224_mrla',
+]
 every = pytest.mark.parametrize('name', BASE + LIGHT)
 
 
@@ -30,6 +37,8 @@ def create(name, **kwargs):
     torch.manual_seed(0)
     if name.startswith(('deit', 'ceit')):
         kwargs = {'img_size': (48, 64), 'depth': 6, 'embed_dim': 64, 'num_heads': 2, **kwargs}
+    elif name.startswith('swin'):
+        kwargs = {'img_size': (48, 64), 'depths': (2, 3), 'embed_dim': 32, 'num_heads': (2, 4), **kwargs}
     elif name.startswith('resnet'):
         kwargs = {'channels': (32, 32, 64, 64), 'layers': (2, 3, 1, 2), **kwargs}
     return timm.create_model(name, **{'dtype': torch.float64, 'num_classes': 7, **kwargs}).eval()
@@ -61,16 +70,15 @@ def test_base_is_the_softmax(name):
     for stage, weights in attention.items():
         attns = [model.get_submodule(f'{block}.mrla.attn') for block in attention.blocks[stage]]
         maps = [seen[f'{block}.mrla.attn'] for block in attention.blocks[stage]]
-        d = attns[0].dim_head
-        assert weights.shape == (2, maps[0].shape[1] // d, len(attns), len(attns))
+        d = maps[0].shape[1] // attns[0].num_heads
+        assert weights.shape == (2, attns[0].num_heads, len(attns), len(attns))
         assert attention.heads[stage] == weights.shape[1]
         assert torch.equal(weights, weights.tril())
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
         for i in range(2):
-            keys = [naive.query_key(attn.k, y[i], d) for attn, y in zip(attns, maps, strict=True)]
+            keys = [naive.key(attn, y[i]) for attn, y in zip(attns, maps, strict=True)]
             for t, attn in enumerate(attns):
-                query = naive.query_key(attn.q, maps[t][i], d)
-                for h, q in enumerate(query):
+                for h, q in enumerate(naive.query(attn, maps[t][i])):
                     scores = [math.exp(naive.dot(q, keys[s][h]) / math.sqrt(d)) for s in range(t + 1)]
                     expected = torch.tensor(scores, dtype=torch.float64) / sum(scores)
                     torch.testing.assert_close(weights[i, h, t, : t + 1], expected)
@@ -85,13 +93,14 @@ def test_light_is_gates_times_products_of_lam(name):
     for stage, weights in attention.items():
         mrlas = [model.get_submodule(f'{block}.mrla') for block in attention.blocks[stage]]
         maps = [seen[f'{block}.mrla.attn'] for block in attention.blocks[stage]]
-        d, C = mrlas[0].attn.dim_head, maps[0].shape[1]
+        h, C = mrlas[0].attn.num_heads, maps[0].shape[1]
+        d = C // h
         assert weights.shape == (2, C, len(mrlas), len(mrlas))
-        assert attention.heads[stage] == C // d
+        assert attention.heads[stage] == h
         assert torch.equal(weights, weights.tril())
         for i in range(2):
             for s, mrla in enumerate(mrlas):
-                q, k = (naive.query_key(conv, maps[s][i], d) for conv in (mrla.attn.q, mrla.attn.k))
+                q, k = naive.query(mrla.attn, maps[s][i]), naive.key(mrla.attn, maps[s][i])
                 for c in range(C):
                     gate = 1 / (1 + math.exp(-naive.dot(q[c // d], k[c // d]) / math.sqrt(d)))
                     for t in range(s, len(mrlas)):
@@ -104,12 +113,12 @@ class Recursion(nn.Module):
 
     def __init__(self, depth):
         super().__init__()
-        self.blocks = nn.ModuleList(MrlaLight(8, 4, norm_v=nn.BatchNorm2d, act_v=nn.GELU) for _ in range(depth))
+        self.blocks = nn.ModuleList(MrlaLight(8, 4, nn.Identity, 'pre', norm_v=nn.BatchNorm2d) for _ in range(depth))
 
     def forward(self, x):
         o = x[:, :8]
         for mrla, y in zip(self.blocks, x.unflatten(1, (-1, 8)).unbind(1), strict=True):
-            o, _ = mrla.retrieve(y, o, [])
+            o = mrla(y, o) - y
         return o
 
 
@@ -158,16 +167,19 @@ class Backbone(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.blocks = nn.ModuleList(layer(dim, 4) for dim in (8, 8, 16))
-        self.first, self.second = layer(16, 4), layer(16, 4)
+        self.blocks = nn.ModuleList(layer(dim, 4, nn.BatchNorm2d) for dim in (8, 8, 16))
+        self.first, self.second = layer(16, 4, nn.BatchNorm2d), layer(16, 4, nn.BatchNorm2d)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x):
-        memory = []
+        memory = ()
         for i, mrla in enumerate([*self.blocks, self.first, self.second]):
             if i in (2, 3):
-                x, memory = torch.cat([x, x], dim=1)[:, :16], []
-            x, memory = mrla(x=x.clone(), o=x, memory=memory)
+                x, memory = torch.cat([x, x], dim=1)[:, :16], ()
+            if isinstance(mrla, MrlaBase):
+                x, memory = mrla(x=x.clone(), memory=memory)
+            else:
+                x = mrla(x=x.clone(), o=x)
             x = self.act(x)
         return x
 
@@ -184,7 +196,10 @@ def test_a_backbone_of_ones_own(layer):
     }
     before, after = feature_maps(model, x, 'blocks.0')
     assert torch.equal(before, x)
-    torch.testing.assert_close(after, model.blocks[0](x, x, [])[0].detach())  # not what the ReLU made of it
+    block = model.blocks[0].eval()
+    with torch.no_grad():
+        expected = block(x, x) if layer is MrlaLight else block(x)[0]
+    torch.testing.assert_close(after, expected)  # not what the ReLU made of it
 
 
 @every
@@ -273,7 +288,7 @@ def test_feature_maps_differ_by_what_layer_attention_adds(name):
     with torch.no_grad():
         model(x)
     hook.remove()
-    added = added[0] if added[0].ndim == 4 else to_map(added[0], before.shape[2:])[1]
+    added, _ = to_map(added[0], model.get_submodule(f'{block}.mrla').layout, before.shape[2:])
     assert added.abs().max() > 0.01
     torch.testing.assert_close(after - before, added)
 

@@ -5,7 +5,7 @@ import timm
 import torch
 from flops import backbone, costs, input_size
 
-from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers import MrlaLight, layer_attentions
 
 
 @pytest.mark.parametrize('name', timm.list_models('*_mrla*'))
@@ -16,19 +16,19 @@ def test_what_mrla_adds(name):
 
     def count(mrla, args, _):
         nonlocal params, macs
-        x = args[0]
-        width = mrla.v.in_channels
-        kernel_size = mrla.attn.q.kernel_size[0]
-        norms = sum(hasattr(getattr(mrla, n, None), 'weight') for n in ('norm', 'norm_v', 'norm_x', 'norm_o'))
-        params += 9 * width + 2 * kernel_size + 2 * width * norms + (width if isinstance(mrla, MrlaLight) else 0)
-        positions = x.shape[2] * x.shape[3] if x.ndim == 4 else x.shape[1] - getattr(model, 'num_prefix_tokens', 0)
+        x, width = args[0], mrla.v.in_channels
+        kernel_size = mrla.attn.qk.kernel_size[1]
+        norms = [getattr(mrla, n, None) for n in ('norm', 'norm_v', 'norm_x', 'norm_o')]
+        scales, biases = (sum(getattr(n, p, None) is not None for n in norms) for p in ('weight', 'bias'))
+        params += 9 * width + 2 * kernel_size + (scales + biases) * width + width * isinstance(mrla, MrlaLight)
+        positions = x[0].numel() // width - (getattr(model, 'num_prefix_tokens', 0) if x.ndim == 3 else 0)
         macs += 9 * width * positions + 2 * kernel_size * width
 
-    blocks = [m for m in model.modules() if isinstance(m, MrlaLight | MrlaBase)]
-    for mrla in blocks:
+    layers = layer_attentions(model)
+    for mrla in layers.values():
         mrla.register_forward_hook(count)
     model(torch.empty(1, *input_size(name), device='meta'))
-    assert len(blocks) > 0
+    assert len(layers) > 0
 
     plain, kwargs = backbone(name)
     total, plain_total = costs(name, input_size(name)), costs(plain, input_size(name), plain=True, **kwargs)

@@ -1,4 +1,4 @@
-"""`timm-mrla run SCRIPT` against `python SCRIPT`."""
+"""`timm-mrla run SCRIPT` against `python SCRIPT`, and with `-m MODULE`."""
 
 import json
 import os
@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+
+import timm_mrla
 
 PYTHON = [sys.executable]
 COMMAND = [str(Path(sys.executable).with_name('timm-mrla')), 'run']
 MODULE = [sys.executable, '-m', 'timm_mrla', 'run']
+SCRIPT, AS_MODULE = ['script.py'], ['-m', 'script']
 launchers = pytest.mark.parametrize('launcher', [COMMAND, MODULE], ids=['command', 'module'])
 
 REPORT = """
@@ -20,7 +24,8 @@ import json, sys
 def where():
     return sys._getframe().f_globals is sys.modules['__main__'].__dict__
 if __name__ == '__main__':
-    print(json.dumps([sys.argv, sys.path[0], __file__, __name__, where(), repr(__spec__)]))
+    spec = __spec__ and __spec__.name
+    print(json.dumps([sys.argv, sys.path, __file__, __name__, __package__, where(), spec]))
 """
 
 
@@ -59,42 +64,89 @@ def test_a_script_finds_itself_as_under_python(launcher, path, tmp_path):
     assert json.loads(actual.stdout) == json.loads(expected.stdout)
 
 
-@launchers
-def test_models_are_registered(launcher, tmp_path):
-    script = write(tmp_path, "import timm; print(timm.create_model('resnet18_mrla', device='meta').num_classes)")
-    assert run(launcher, script, cwd=tmp_path).stdout == '1000\n'
+@pytest.mark.parametrize(('launcher', 'module'), [(COMMAND, 'package'), (MODULE, 'package.tool')])
+def test_a_module_finds_itself_as_under_python(launcher, module, tmp_path):
+    for name in ('__main__.py', 'tool.py'):
+        write(tmp_path / 'package', REPORT, name)
+    write(tmp_path / 'package', 'import sys; print(sys.argv)', '__init__.py')
+    args = ['-m', module, '--model', 'resnet18_mrla', '-m', '--', 'run', '--help']
+    expected = run(PYTHON, *args, cwd=tmp_path)
+    actual = run(launcher, *args, cwd=tmp_path)
+    assert (actual.stdout, actual.stderr) == (expected.stdout, expected.stderr)
+    assert 'package.' in expected.stdout
+
+
+@pytest.mark.parametrize(('launcher', 'target'), [(COMMAND, SCRIPT), (MODULE, SCRIPT), (COMMAND, AS_MODULE)])
+def test_models_are_registered(launcher, target, tmp_path):
+    write(tmp_path, "import timm; print(timm.create_model('resnet18_mrla', device='meta').num_classes)")
+    assert run(launcher, *target, cwd=tmp_path).stdout == '1000\n'
+
+
+def test_the_flags_of_python_stay(tmp_path):
+    report = 'import json, sys; print(json.dumps([sys.flags, sys._xoptions, sys.warnoptions, sys.path]))\n'
+    write(tmp_path, report + 'print(sys.flags.optimize, sys.stdout.write_through)')
+    flags = ['-O', '-u', '-B', '-P', '-s', '-W', 'ignore::UserWarning', '-X', 'no_debug_ranges', '-X', 'tracemalloc=2']
+    if sys.version_info < (3, 11):
+        flags.remove('-P')
+    python = [sys.executable, *flags]
+    env = dict(PYTHONUNBUFFERED='')
+    expected = run(python, *SCRIPT, cwd=tmp_path, env=env).stdout.splitlines()
+    actual = run([*python, *MODULE[1:]], *SCRIPT, cwd=tmp_path, env=env).stdout.splitlines()
+    assert json.loads(actual[0]) == json.loads(expected[0])
+    assert actual[1] == expected[1] == '1 True'
+    isolated = run([sys.executable, '-I', *MODULE[1:]], *SCRIPT, cwd=tmp_path).stdout
+    assert isolated == run([sys.executable, '-I'], *SCRIPT, cwd=tmp_path).stdout != ''
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='exec starts another process there')
+def test_the_process_and_what_it_printed_stay(tmp_path):
+    write(tmp_path, 'import os; print(os.getpid())')
+    code = 'import os; print(os.getpid()); from timm_mrla.cli import main; main()'
+    result = run([sys.executable, '-c', code, 'run'], *SCRIPT, cwd=tmp_path, env=dict(PYTHONUNBUFFERED=''))
+    first, second = result.stdout.splitlines()
+    assert first == second
+
+
+def test_a_checkout_that_is_not_installed(tmp_path):
+    (tmp_path / 'timm_mrla').symlink_to(Path(timm_mrla.__file__).parent)
+    script = write(tmp_path / 'scripts', "import timm; print(timm.is_model('resnet18_mrla'))")
+    env = dict(PYTHONPATH=str(Path(timm.__file__).parents[1]))
+    # without site, so that an editable installation is not found
+    assert run([sys.executable, '-S', *MODULE[1:]], script, cwd=tmp_path, env=env).stdout == 'True\n'
 
 
 @launchers
 def test_a_timm_beside_the_script_is_the_timm_that_is_used(launcher, tmp_path):
-    """As in a checkout of timm, whatever folder the command is given in."""
+    """As in a checkout of timm, whatever folder the command is given in, another checkout too."""
     checkout = tmp_path / 'checkout'
     script = write(checkout, "import timm, timm_mrla; print(timm.__file__, timm.is_model('resnet18_mrla'))")
-    import timm
-
-    (checkout / 'timm').symlink_to(Path(timm.__file__).parent)
     other = tmp_path / 'other'
-    write(other / 'timm', 'raise ImportError("the timm of the working directory")', '__init__.py')
+    other.mkdir()
+    for folder in (checkout, other):
+        (folder / 'timm').symlink_to(Path(timm.__file__).parent)
     assert run(launcher, script, cwd=other).stdout == f'{checkout / "timm" / "__init__.py"} True\n'
     elsewhere = write(tmp_path / 'scripts', 'import timm; print(timm.__file__)')
     assert run(launcher, elsewhere, cwd=other).stdout == f'{timm.__file__}\n'
 
 
 @pytest.mark.parametrize(
-    ('launcher', 'code', 'returncode'),
+    ('launcher', 'target', 'code', 'returncode'),
     [
-        (COMMAND, 'import sys; sys.exit(7)', 7),
-        (MODULE, "import sys; sys.exit('out of luck')", 1),
-        (COMMAND, "def f():\n    raise KeyError('lost')\n\nf()", 1),
-        (MODULE, "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('chained') from e", 1),
-        (COMMAND, 'def f(:', 1),
-        (MODULE, "import atexit; atexit.register(print, 'bye'); print(__file__)", 0),
+        (COMMAND, SCRIPT, 'import sys; sys.exit(7)', 7),
+        (MODULE, SCRIPT, "import sys; sys.exit('out of luck')", 1),
+        (COMMAND, SCRIPT, "def f():\n    raise KeyError('lost')\n\nf()", 1),
+        (MODULE, SCRIPT, "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('chained') from e", 1),
+        (COMMAND, SCRIPT, 'def f(:', 1),
+        (MODULE, SCRIPT, "import atexit; atexit.register(print, 'bye'); print(__file__)", 0),
+        (COMMAND, AS_MODULE, 'import sys; sys.exit(7)', 7),
+        (MODULE, AS_MODULE, 'import atexit; atexit.register(lambda: print(__file__)); import lost', 1),
+        (COMMAND, AS_MODULE, 'def f(:', 1),
     ],
 )
-def test_exit_codes_and_tracebacks_are_those_of_python(launcher, code, returncode, tmp_path):
-    script = write(tmp_path, code)
-    expected = run(PYTHON, script, cwd=tmp_path)
-    actual = run(launcher, script, cwd=tmp_path)
+def test_exit_codes_and_tracebacks_are_those_of_python(launcher, target, code, returncode, tmp_path):
+    write(tmp_path, code)
+    expected = run(PYTHON, *target, cwd=tmp_path)
+    actual = run(launcher, *target, cwd=tmp_path)
     assert (actual.returncode, actual.stdout, actual.stderr) == (returncode, expected.stdout, expected.stderr)
     assert expected.returncode == returncode
 
@@ -140,18 +192,26 @@ if __name__ == '__main__':
 
 
 @pytest.mark.parametrize(
-    ('launcher', 'method'), [(COMMAND, 'fork'), (COMMAND, 'spawn'), (MODULE, 'spawn'), (MODULE, 'forkserver')]
+    ('launcher', 'target', 'method'),
+    [
+        (COMMAND, SCRIPT, 'fork'),
+        (COMMAND, SCRIPT, 'spawn'),
+        (MODULE, SCRIPT, 'spawn'),
+        (MODULE, SCRIPT, 'forkserver'),
+        (COMMAND, AS_MODULE, 'spawn'),
+    ],
 )
-def test_workers(launcher, method, tmp_path):
-    script = write(tmp_path, WORKERS)
-    expected = run(PYTHON, script, method, cwd=tmp_path)
-    actual = run(launcher, script, method, cwd=tmp_path)
+def test_workers(launcher, target, method, tmp_path):
+    write(tmp_path, WORKERS)
+    expected = run(PYTHON, *target, method, cwd=tmp_path)
+    actual = run(launcher, *target, method, cwd=tmp_path)
     assert (actual.stdout, actual.stderr) == (expected.stdout, expected.stderr)
     assert '[49, 36]' in expected.stdout or '[36, 49]' in expected.stdout
 
 
-def test_torchrun(tmp_path):
-    script = write(
+@pytest.mark.parametrize('target', [SCRIPT, AS_MODULE], ids=['script', 'module'])
+def test_torchrun(target, tmp_path):
+    write(
         tmp_path,
         """
 import sys, timm, torch, torch.distributed as dist
@@ -181,7 +241,7 @@ dist.destroy_process_group()
         'timm_mrla',
         'run',
     ]
-    result = run(torchrun, script, 'x', 'x', 'x', cwd=tmp_path)
+    result = run(torchrun, *target, 'x', 'x', 'x', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split('\n') == [f'{tmp_path} __main__ True'] * 2 + ['']
 
@@ -195,8 +255,28 @@ def test_a_missing_script_is_one_line(launcher, tmp_path):
     assert 'github.com/huggingface/pytorch-image-models' in line
 
 
+@pytest.mark.parametrize('module', ['nowhere', 'nowhere.tool', 'json', 'script'])
+def test_a_missing_module_is_one_line(module, tmp_path):
+    """Or a package that has no `__main__`; not a module that misses another one."""
+    write(tmp_path, 'import nowhere')
+    result = run(COMMAND, '-m', module, '--model', 'resnet18_mrla', cwd=tmp_path)
+    if module == 'script':
+        assert result.returncode == 1
+        assert result.stderr.startswith('Traceback')
+    else:
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert line.startswith('timm-mrla: ')
+        assert module in line
+
+
+@launchers
+def test_version(launcher, tmp_path):
+    assert run(launcher[:-1], '--version', cwd=tmp_path).stdout == f'timm-mrla {timm_mrla.__version__}\n'
+
+
 def test_a_package_that_imports_this_one_under_python_m(tmp_path):
-    """Only the launcher itself leaves registration to later."""
+    """Registration is the import's, however python was started."""
     write(tmp_path / 'package', 'import timm_mrla', '__init__.py')
     write(tmp_path / 'package', "import timm; print(timm.is_model('resnet18_mrla'))", '__main__.py')
     result = run([sys.executable, '-m', 'package'], cwd=tmp_path)

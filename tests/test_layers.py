@@ -3,158 +3,281 @@
 import naive
 import pytest
 import torch
+from timm.layers import LayerNorm2d
 from torch import nn
+from torch.nn.utils import prune
 
-from timm_mrla.layers import LightWeights, MrlaBase, MrlaBaseTokens, MrlaLight, MrlaLightTokens
+from timm_mrla.layers import LightWeights, MrlaBase, MrlaLight, per_channel
 
 torch.manual_seed(0)
 DIM, HEAD = 32, 8
 DD = {'dtype': torch.float64}
 
+every_layer = pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
+every_form = pytest.mark.parametrize('form', ['post', 'pre'])
+every_layout = pytest.mark.parametrize(
+    ('layout', 'num_prefix'), [('NCHW', 0), ('NHWC', 0), ('NLC', 0), ('NLC', 1), ('NLC', 3)]
+)
 
-def maps(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+def build(layer, form, layout='NCHW', dim=DIM, dim_head=HEAD, **kwargs):
+    """A layer in float64, with the norm that reads what it is given."""
+    norm = nn.BatchNorm2d if form == 'post' else LayerNorm2d if layout == 'NCHW' else nn.LayerNorm
+    return layer(dim, dim_head, norm, form, layout, **{**DD, **kwargs})
+
+
+def tensors(layout, num_prefix=0, size=(3, 5), batch=2, dim=DIM):
+    """Noise in a layout."""
+    H, W = size
+    shapes = {'NCHW': (dim, H, W), 'NHWC': (H, W, dim), 'NLC': (num_prefix + H * W, dim)}
+    return torch.randn(batch, *shapes[layout], dtype=torch.float64, requires_grad=True)
+
+
+def prefix_and_map(x, layout, size, num_prefix):
+    """The prefix tokens, and the map [B, C, H, W] put together row by row."""
+    if layout == 'NCHW':
+        return x[:0], x
+    if layout == 'NHWC':
+        return x[:0], torch.stack([x[..., c] for c in range(x.shape[-1])], dim=1)
+    H, W = size
+    rows = [x[:, num_prefix + i * W : num_prefix + (i + 1) * W] for i in range(H)]
+    return x[:, :num_prefix], torch.stack(rows, dim=1).movedim(-1, 1)
+
+
+def run(mrla, x, o, memory, feat_size):
+    """One block of either kind."""
+    if isinstance(mrla, MrlaBase):
+        return mrla(x, memory, feat_size)
+    return mrla(x, o, feat_size), memory
 
 
 def randomize(module):
-    """Weights that are no identity anywhere."""
+    """Weights and statistics that are no identity anywhere."""
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn_like(p))
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(torch.rand_like(buffer) + 0.5 if name.endswith('var') else torch.randn_like(buffer))
     return module
 
 
-@pytest.mark.parametrize('size', [(5, 7), (1, 1)])
-def test_light_is_the_equation(size):
-    mrla = randomize(MrlaLight(DIM, HEAD, norm_v=nn.BatchNorm2d, act_v=nn.GELU, norm_layer=nn.BatchNorm2d, **DD)).eval()
-    x, o = maps(2, DIM, *size), maps(2, DIM, *size)
-    out, memory = mrla(x, o, [])
-    assert memory == []
-    torch.testing.assert_close(out, x + mrla.norm(naive.light(mrla, x, o)), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize('size', [(3, 5), (1, 1)])
+@every_layout
+@every_form
+@pytest.mark.parametrize(
+    ('layer', 'kwargs'),
+    [(MrlaLight, {}), (MrlaLight, {'norm_v': nn.BatchNorm2d, 'norm_o': False}), (MrlaBase, {})],
+    ids=['light', 'light with a normed value', 'base'],
+)
+def test_layers_are_the_equations(layer, kwargs, form, layout, num_prefix, size):
+    """Maps retrieve on the true grid; a prefix token c becomes c + norm_x(c) in the form `pre`, and stays in `post`."""
+    mrlas, ys, memory = [], [], ()
+    for t in range(3):
+        mrla = randomize(build(layer, form, layout, **kwargs)).eval()
+        x, o = (tensors(layout, num_prefix, size) for _ in range(2))
+        out, memory = run(mrla, x, o, memory, size)
 
-
-def test_base_is_the_equation():
-    blocks = [
-        randomize(MrlaBase(DIM, HEAD, norm_layer=nn.BatchNorm2d, act_layer=nn.ReLU, **DD)).eval() for _ in range(4)
-    ]
-    xs = [maps(2, DIM, 4, 3) for _ in blocks]
-    memory = []
-    for t, (mrla, x) in enumerate(zip(blocks, xs, strict=True)):
-        out, memory = mrla(x, x, memory)
-        assert len(memory) == t + 1
-        expected = x + mrla.norm(naive.base(blocks[: t + 1], xs[: t + 1])).relu()
-        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize('num_prefix', [0, 1, 3])
-@pytest.mark.parametrize('kind', ['light', 'base'])
-def test_tokens_are_the_equation(kind, num_prefix):
-    """Patches retrieve on the map of the true grid; a prefix token c becomes c + LN_x(c)."""
-    H, W = 3, 5
-    if kind == 'light':
-        blocks = [MrlaLightTokens(DIM, HEAD, nn.LayerNorm, nn.LayerNorm, act_v=nn.GELU, **DD) for _ in range(2)]
-    else:
-        blocks = [MrlaBaseTokens(DIM, HEAD, nn.LayerNorm, **DD) for _ in range(2)]
-    memory, normed = [], []
-    for t, mrla in enumerate(map(randomize, blocks)):
-        x, o = maps(2, num_prefix + H * W, DIM), maps(2, num_prefix + H * W, DIM)
-        out, memory = mrla(x, o, (H, W), memory)
-
-        def to_map(tokens):
-            return torch.stack(
-                [torch.stack([y[num_prefix + i * W : num_prefix + (i + 1) * W] for i in range(H)]) for y in tokens]
-            )
-
-        normed.append(to_map(mrla.norm_x(x)).permute(0, 3, 1, 2))
-        if kind == 'light':
-            m = naive.light(mrla, normed[-1], to_map(mrla.norm_o(o)).permute(0, 3, 1, 2))
+        prefix, y = prefix_and_map(mrla.norm_x(x), layout, size, num_prefix)
+        mrlas, ys = [*mrlas, mrla], [*ys, y]
+        if layer is MrlaLight:
+            read = o if form == 'post' or 'norm_o' in kwargs else mrla.norm_o(o)
+            m = naive.light(mrla, y, prefix_and_map(read, layout, size, num_prefix)[1])
         else:
-            m = naive.base(blocks[: t + 1], normed)
-        expected = torch.cat([mrla.norm_x(x)[:, :num_prefix], m.permute(0, 2, 3, 1).reshape(2, H * W, DIM)], 1)
-        torch.testing.assert_close(out, x + expected, rtol=1e-12, atol=1e-12)
+            m = naive.base(mrlas, ys)
+            assert isinstance(memory, tuple) and len(memory) == 2 * (t + 1)
+        if form == 'post':
+            m, prefix = mrla.norm(m), torch.zeros_like(prefix)
+            m = m.relu() if layer is MrlaBase else m
+        own_prefix, own_map = prefix_and_map(x, layout, size, num_prefix)
+        out_prefix, out_map = prefix_and_map(out, layout, size, num_prefix)
+        assert out.shape == x.shape
+        torch.testing.assert_close(out_map, own_map + m, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out_prefix, own_prefix + prefix, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients():
-    light = MrlaLight(8, 4, norm_layer=nn.BatchNorm2d, norm_v=nn.BatchNorm2d, act_v=nn.GELU, **DD)
-    base = [MrlaBase(8, 4, norm_layer=nn.BatchNorm2d, **DD) for _ in range(3)]
-    tokens = MrlaLightTokens(8, 4, nn.LayerNorm, nn.LayerNorm, **DD)
+def test_the_memory_holds_keys_and_values():
+    mrlas = [build(MrlaBase, 'post') for _ in range(3)]
+    xs, memory = [tensors('NCHW') for _ in mrlas], ()
+    for mrla, x in zip(mrlas, xs, strict=True):
+        before = memory
+        _, memory = mrla(x, memory)
+        assert all(a is b for a, b in zip(before, memory, strict=False))
+    for mrla, x, key, value in zip(mrlas, xs, memory[::2], memory[1::2], strict=True):
+        for i in range(2):
+            expected = [torch.stack(head) for head in naive.key(mrla.attn, x[i])]
+            torch.testing.assert_close(key[i], torch.stack(expected), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(value[i], naive.value(mrla.v, x[i]), rtol=1e-12, atol=1e-12)
 
-    def stage(*xs):
-        memory, out = [], []
-        for mrla, x in zip(base, xs, strict=True):
-            x, memory = mrla(x, x, memory)
+
+def test_the_norm_of_the_shortcut_is_by_default_one_of_its_own():
+    mrla = build(MrlaLight, 'pre')
+    assert isinstance(mrla.norm_o, LayerNorm2d) and mrla.norm_o is not mrla.norm_x
+    assert isinstance(build(MrlaLight, 'pre', norm_o=False).norm_o, nn.Identity)
+    assert isinstance(build(MrlaLight, 'post').norm_o, nn.Identity)
+
+
+@every_layout
+@every_form
+@every_layer
+def test_gradients(layer, form, layout, num_prefix):
+    kwargs = {'norm_v': nn.BatchNorm2d} if layer is MrlaLight else {}
+    mrlas = [randomize(build(layer, form, layout, 8, 4, **kwargs)) for _ in range(2)]
+
+    def stage(*inputs):
+        memory, out = (), []
+        for mrla, x, o in zip(mrlas, inputs[::2], inputs[1::2], strict=True):
+            x, memory = run(mrla, x, o, memory, (2, 3))
             out.append(x)
         return tuple(out)
 
-    assert torch.autograd.gradcheck(lambda x, o: light(x, o, [])[0], (maps(2, 8, 3, 2), maps(2, 8, 3, 2)))
-    assert torch.autograd.gradcheck(stage, tuple(maps(2, 8, 2, 3) for _ in base))
-    assert torch.autograd.gradcheck(lambda x, o: tokens(x, o, (2, 3), [])[0], (maps(1, 7, 8), maps(1, 7, 8)))
+    assert torch.autograd.gradcheck(stage, tuple(tensors(layout, num_prefix, (2, 3), 1, 8) for _ in range(4)))
 
 
-def test_parameter_gradients():
+@every_form
+@every_layer
+def test_parameter_gradients(layer, form):
     """Every parameter, against finite differences in a random direction."""
-    for mrla in (MrlaLight(8, 4, norm_layer=nn.BatchNorm2d, **DD), MrlaBase(8, 4, norm_layer=nn.BatchNorm2d, **DD)):
-        x, o, weight = maps(2, 8, 3, 3), maps(2, 8, 3, 3), torch.randn(2, 8, 3, 3, **DD)
+    mrla = build(layer, form, dim=8, dim_head=4)
+    x, o, weight = (tensors('NCHW', size=(3, 3), dim=8) for _ in range(3))
 
-        def loss(mrla=mrla, x=x, o=o, weight=weight):
-            first, memory = mrla(x, o, [])
-            return (mrla(first, o, memory)[0] * weight).sum()
+    def loss():
+        first, memory = run(mrla, x, o, (), None)
+        return (run(mrla, first, o, memory, None)[0] * weight).sum()
 
-        loss().backward()
-        for name, p in mrla.named_parameters():
-            step = 1e-6 * torch.randn_like(p)
-            with torch.no_grad():
-                p += step
-                up = loss()
-                p -= 2 * step
-                slope = (up - loss()) / 2
-                p += step
-            torch.testing.assert_close((p.grad * step).sum(), slope, rtol=1e-5, atol=1e-10, msg=f'gradient of {name}')
+    loss().backward()
+    for name, p in mrla.named_parameters():
+        step = 1e-6 * torch.randn_like(p)
+        with torch.no_grad():
+            p += step
+            up = loss()
+            p -= 2 * step
+            slope = (up - loss()) / 2
+            p += step
+        torch.testing.assert_close((p.grad * step).sum(), slope, rtol=1e-5, atol=1e-10, msg=f'gradient of {name}')
 
 
 @pytest.mark.parametrize(
     ('dim', 'kernel_size'), [(16, 3), (24, 3), (64, 3), (128, 5), (192, 5), (256, 5), (768, 5), (2048, 7)]
 )
-def test_kernel_size_grows_with_the_width(dim, kernel_size):
+@every_layer
+def test_kernel_size_grows_with_the_width(layer, dim, kernel_size):
     """t = int(|(log2 C + 1) / 2|), or t + 1 if t is even."""
-    assert MrlaLight(dim, 8).attn.q.kernel_size == MrlaBase(dim, 8).attn.k.kernel_size == (kernel_size,)
+    assert layer(dim, 8, nn.BatchNorm2d).attn.qk.weight.shape == (2, 1, 1, kernel_size)
 
 
-@pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
-@pytest.mark.parametrize('dim_head', [5, 0])
+@pytest.mark.parametrize('dim_head', [5, 0, -8, 64])
+@every_layer
 def test_heads_must_divide_the_width(layer, dim_head):
-    with pytest.raises(ValueError, match=f'dim 32 is not divisible by dim_head {dim_head}'):
-        layer(32, dim_head)
+    with pytest.raises(ValueError, match=f'dim 32 is not divisible by dim_head {dim_head}$'):
+        layer(32, dim_head, nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'form': 'around'}, "form 'around' is none of post, pre"),
+        ({'form': None}, 'form None is none of post, pre'),
+        ({'layout': 'NHCW'}, "layout 'NHCW' is none of NCHW, NHWC, NLC"),
+    ],
+)
+@every_layer
+def test_a_bad_form_or_layout_is_named(layer, kwargs, message):
+    with pytest.raises(ValueError, match=f'^{message}$'):
+        layer(DIM, HEAD, nn.BatchNorm2d, **kwargs)
+
+
+@every_layout
+@every_form
+@every_layer
+def test_every_module_is_called(layer, form, layout, num_prefix):
+    """Parameters are used through the forward of the module that has them, which hooks may change."""
+    kwargs = {'norm_v': nn.BatchNorm2d} if layer is MrlaLight else {}
+    mrla = randomize(build(layer, form, layout, **kwargs)).eval()
+    x, o = tensors(layout, num_prefix), tensors(layout, num_prefix)
+    memory = build(MrlaBase, form, layout)(x, (), (3, 5))[1]  # a block before: one weight is always 1
+    plain, _ = run(mrla, x, o, memory, (3, 5))
+    names = [n for n, m in mrla.named_modules() if n and [*m.parameters(recurse=False)]]
+    assert {'attn.qk', 'v', 'norm' if form == 'post' else 'norm_x'} < {*names, ''}
+    for name in names:
+        hook = mrla.get_submodule(name).register_forward_hook(lambda m, args, out: 2 * out)
+        changed, _ = run(mrla, x, o, memory, (3, 5))
+        assert (changed - plain).abs().max() > 1e-3, name
+        hook.remove()
+        assert torch.equal(run(mrla, x, o, memory, (3, 5))[0], plain), name
+
+
+@every_form
+@every_layer
+def test_a_hook_on_queries_and_keys_changes_the_weights(layer, form):
+    """Without queries and keys, light's gate is 1/2 and base's attention is the mean."""
+    mrla, x, o = build(layer, form).eval(), tensors('NCHW'), tensors('NCHW')
+    memory = build(MrlaBase, form)(x, ())[1]
+    mrla.attn.qk.register_forward_hook(lambda m, args, out: 0 * out)
+    out = mrla.attn(x) if layer is MrlaLight else mrla.attn(x, memory[::2])[0]
+    assert torch.equal(out, torch.full_like(out, 0.5))
+    hooked, _ = run(mrla, x, o, memory, None)
+    nn.init.zeros_(mrla.attn.qk.weight)
+    mrla.attn.qk._forward_hooks.clear()
+    torch.testing.assert_close(hooked, run(mrla, x, o, memory, None)[0], rtol=1e-12, atol=1e-12)
+
+
+@every_form
+@every_layer
+def test_pruned_weights_train(layer, form):
+    """They are made anew before each forward pass, and what is pruned stays zero."""
+    mrla = build(layer, form)
+    convs = {'attn.qk': mrla.attn.qk, 'v': mrla.v}
+    for conv in convs.values():
+        prune.random_unstructured(conv, 'weight', amount=0.5)
+    optimizer = torch.optim.SGD(mrla.parameters(), lr=0.1)
+    first = {name: conv.weight.detach().clone() for name, conv in convs.items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        # two blocks, as one block of base has nothing to weigh
+        out, memory = run(mrla, tensors('NCHW'), tensors('NCHW'), (), None)
+        run(mrla, out, tensors('NCHW'), memory, None)[0].square().mean().backward()
+        optimizer.step()
+    x, o, (_, memory) = tensors('NCHW'), tensors('NCHW'), build(MrlaBase, form)(tensors('NCHW'), ())
+    trained, _ = run(mrla, x, o, memory, None)
+    for name, conv in convs.items():
+        kept = conv.weight_mask.bool()
+        assert 0 < kept.sum() < kept.numel(), name
+        assert (conv.weight[~kept] == 0).all(), name
+        assert (conv.weight[kept] != first[name][kept]).all(), name
+        prune.remove(conv, 'weight')
+    torch.testing.assert_close(run(mrla, x, o, memory, None)[0], trained, rtol=1e-12, atol=1e-12)
+
+
+@every_layer
 def test_autocast_keeps_maps_in_bfloat16(layer):
     mrla = layer(DIM, HEAD, norm_layer=nn.BatchNorm2d)
     x = torch.randn(2, DIM, 4, 4, dtype=torch.bfloat16)
     with torch.autocast('cpu', torch.bfloat16):
-        out, _ = mrla(x, x, [])
+        out, _ = run(mrla, x, x, (), None)
     assert out.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('batch', [1, 3])
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
-def test_precisions_and_layouts(layer, dtype, layout, batch):
+@every_form
+@every_layer
+def test_precisions_and_memory_formats(layer, form, dtype, memory_format, batch):
     """Values and gradients of two blocks, within what rounding the input and the parameters leaves."""
 
-    def step(dtype, layout):
+    def step(dtype, memory_format):
         torch.manual_seed(0)
-        blocks = nn.ModuleList(layer(DIM, HEAD, norm_layer=nn.BatchNorm2d) for _ in range(2)).bfloat16().to(dtype)
-        blocks.to(memory_format=layout)
-        x = torch.randn(batch, DIM, 5, 7).bfloat16().to(dtype).to(memory_format=layout).requires_grad_()
-        out, memory = blocks[0](x, x, [])
-        out, memory = blocks[1](out, x, memory)
-        assert out.is_contiguous(memory_format=layout)
+        blocks = nn.ModuleList(build(layer, form, dtype=torch.float32) for _ in range(2)).bfloat16().to(dtype)
+        blocks.to(memory_format=memory_format)
+        x = torch.randn(batch, DIM, 5, 7).bfloat16().to(dtype).to(memory_format=memory_format).requires_grad_()
+        out, memory = run(blocks[0], x, x, (), None)
+        out, memory = run(blocks[1], out, x, memory, None)
+        assert out.is_contiguous(memory_format=memory_format)
         (out * torch.randn(out.shape).bfloat16().to(dtype)).sum().backward()
         return {'out': out, 'x': x.grad, **{n: p.grad for n, p in blocks.named_parameters()}}
 
-    exact, rounded = step(torch.float64, torch.contiguous_format), step(dtype, layout)
+    exact, rounded = step(torch.float64, torch.contiguous_format), step(dtype, memory_format)
     # a query and a key end in one number a head, whose rounding is spread over few weights
     for name, tensor in exact.items():
         tolerance = (100 if '.attn.' in name else 10) * torch.finfo(dtype).eps
@@ -163,18 +286,26 @@ def test_precisions_and_layouts(layer, dtype, layout, batch):
 
 def test_float16_holds_the_mean_of_a_large_map():
     attn = LightWeights(DIM, HEAD)
-    nn.init.constant_(attn.q.weight, 0.01)
-    nn.init.constant_(attn.k.weight, -0.01)
+    nn.init.constant_(attn.qk.weight[0], 0.01)
+    nn.init.constant_(attn.qk.weight[1], -0.01)
     x = torch.full((1, DIM, 100, 100), 10.0)  # 1e5 in sum, beyond float16
     torch.testing.assert_close(attn.half()(x.half()).float(), attn.float()(x), rtol=1e-2, atol=0.0)
+
+
+def test_channels_have_the_weights_of_their_heads():
+    weights = torch.randn(2, 3)
+    out = per_channel(weights, 12)
+    assert out.shape == (2, 12, 1, 1)
+    for c in range(12):
+        assert torch.equal(out[:, c, 0, 0], weights[:, c // 4])
 
 
 def test_memory_grows_with_the_number_of_blocks():
     """What is kept for the backward pass grows by the same amount with each block: the memory is never copied."""
 
     def saved(num_blocks):
-        blocks = [MrlaBase(DIM, HEAD) for _ in range(num_blocks)]
-        storages, memory, x = {}, [], torch.randn(1, DIM, 16, 16, requires_grad=True)
+        blocks = [MrlaBase(DIM, HEAD, nn.BatchNorm2d) for _ in range(num_blocks)]
+        storages, memory, x = {}, (), torch.randn(1, DIM, 16, 16, requires_grad=True)
         map_bytes = x.untyped_storage().nbytes()
 
         def pack(t):
@@ -183,7 +314,7 @@ def test_memory_grows_with_the_number_of_blocks():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             for mrla in blocks:
-                x, memory = mrla(x, x, memory)
+                x, memory = mrla(x, memory)
         # the maps alone: weights of the heads do grow with the square, and are small
         return sum(t.untyped_storage().nbytes() >= map_bytes for t in storages.values())
 

@@ -1,6 +1,7 @@
 """Logits and gradients of the authors' own models, on the weights and input of tests/reference/README.md."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -8,20 +9,23 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from timm.utils.model import reparameterize_model
 
 import timm_mrla  # noqa: F401
-from timm_mrla.models import ceit, deit, efficientnet, resnet
+from timm_mrla.models import ceit
+from timm_mrla.models._weights import convert_state_dict
 
 REFERENCE = Path(__file__).parent / 'reference'
 MODELS = {
-    'resnet50_mrlal': ('resnet50_mrla', resnet),
-    'resnet50_mrlab': ('resnet50_mrlab', resnet),
-    'deit_mrlal_tiny_patch16_224': ('deit_tiny_mrla', deit),
-    'deit_mrlal_small_patch16_224': ('deit_small_mrla', deit),
-    'deit_mrlab_tiny_patch16_224': ('deit_tiny_mrlab', deit),
-    'ceit_mrla_tiny_patch16_224': ('ceit_tiny_mrla', ceit),
-    'efficientnet_mrla_b0': ('efficientnet_b0_mrla', efficientnet),
+    'resnet50_mrlal': 'resnet50_mrla',
+    'resnet50_mrlab': 'resnet50_mrlab',
+    'deit_mrlal_tiny_patch16_224': 'deit_tiny_mrla',
+    'deit_mrlal_small_patch16_224': 'deit_small_mrla',
+    'deit_mrlab_tiny_patch16_224': 'deit_tiny_mrlab',
+    'ceit_mrla_tiny_patch16_224': 'ceit_tiny_mrla',
+    'efficientnet_mrla_b0': 'efficientnet_b0_mrla',
 }
 
 
@@ -54,11 +58,19 @@ def reference(name):
     return spec, state_dict, torch.from_numpy(np.load(REFERENCE / f'{name}.npy'))
 
 
+def convert(entry, state_dict, model):
+    """Part of an authors' state dict by our names; of a query or a key alone, the name is not yet that of both."""
+    state_dict = convert_state_dict(state_dict)
+    if entry == 'resnet50_mrlab':
+        return {re.sub(r'^stages\.(\d)', lambda m: f'layer{int(m[1]) + 1}', k): v for k, v in state_dict.items()}
+    return ceit.checkpoint_filter_fn(state_dict, model) if entry.startswith('ceit') else state_dict
+
+
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('name', MODELS)
 def test_logits_and_gradients(name, recompute):
     spec, state_dict, logits = reference(name)
-    entry, family = MODELS[name]
+    entry = MODELS[name]
     overlay = {'state_dict': state_dict}
     model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay=overlay, mrla_recompute=recompute)
     model = model.double().eval()
@@ -76,9 +88,16 @@ def test_logits_and_gradients(name, recompute):
     assert x.grad.norm().item() == pytest.approx(spec['input_grad_norm'], rel=1e-7)
 
     # the names of the parameters go through the same conversion as the weights did
-    ours = {k: p.grad.norm().item() for k, p in model.named_parameters()}
+    ours = {}
+    for key, p in model.named_parameters():
+        if key.endswith('.attn.qk.weight'):  # the authors' two
+            parts = {key.replace('.qk.', '.q.'): p.grad[0], key.replace('.qk.', '.k.'): p.grad[1]}
+        else:
+            parts = {key: p.grad}
+        ours.update({k: grad.norm().item() for k, grad in parts.items()})
+    assert '.mrla.attn.q.weight' in ' '.join(ours)
     for key, norm in spec['grad_norm'].items():
-        (converted,) = family.checkpoint_filter_fn({key: state_dict[key]}, model)
+        (converted,) = convert(entry, {key: state_dict[key]}, model)
         assert ours.pop(converted) == pytest.approx(norm, rel=1e-7, abs=1e-12), key
     assert not ours
 
@@ -101,10 +120,57 @@ def test_checkpoints_of_the_authors_load_as_they_were_saved(name, wrapper, sourc
     if source == 'file':
         torch.save(checkpoint, tmp_path / 'checkpoint.pth')
         checkpoint = str(tmp_path / 'checkpoint.pth')
-    entry, family = MODELS[name]
+    entry = MODELS[name]
     model = timm.create_model(entry, pretrained=True, pretrained_cfg_overlay={source: checkpoint})
-    for key, tensor in family.checkpoint_filter_fn(state_dict, model).items():
-        assert torch.equal(model.state_dict()[key], tensor)
+    expected = convert(entry, state_dict, model)
+    loaded = model.state_dict()
+    assert loaded.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(loaded[key], tensor), key
+
+
+@pytest.mark.parametrize('name', ['resnet50_mrlal', 'deit_mrlab_tiny_patch16_224'])
+def test_queries_come_before_keys(name):
+    """light's gate is the same with both exchanged, and so would logits be."""
+    _, state_dict, _ = reference(name)
+    model = timm.create_model(MODELS[name], pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict})
+    queries = [key for key in state_dict if '.Wq.' in key]
+    assert queries
+    for key in queries:
+        query, both = state_dict[key], re.sub(r'\.(mrla|mla)\.Wq\.', '.attn.qk.', key)
+        weight = model.get_parameter(both)
+        assert torch.equal(weight[0], query) and torch.equal(weight[1], state_dict[key.replace('Wq', 'Wk')])
+
+
+@pytest.mark.parametrize('source', ['folder', 'state_dict', 'file'])
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrlab', 'ceit_tiny_mrla'])
+def test_weights_of_the_previous_version_load(name, source, tmp_path):
+    """Queries and keys had a convolution over one dimension each."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    old = {}
+    for key, tensor in model.state_dict().items():
+        if key.endswith('.mrla.attn.qk.weight'):
+            q, k = tensor[:, :, 0].split(1)  # [1, 1, K]
+            old.update({key.replace('.qk.', '.q.'): q.clone(), key.replace('.qk.', '.k.'): k.clone()})
+        else:
+            old[key] = tensor
+    assert len(old) > len(model.state_dict())
+    if source == 'folder':
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        assert load_file(tmp_path / 'model.safetensors').keys() == model.state_dict().keys()
+        save_file(old, tmp_path / 'model.safetensors')
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    else:
+        if source == 'file':
+            torch.save({'state_dict': old}, tmp_path / 'last.pth.tar')
+        overlay = {source: old if source == 'state_dict' else str(tmp_path / 'last.pth.tar')}
+        loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
+    loaded = loaded.state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    for key, tensor in model.state_dict().items():
+        if not key.startswith(('head.', 'fc.')) or source == 'folder':  # timm makes a new one for other classes
+            assert torch.equal(loaded[key], tensor), key
 
 
 def test_strict_loading_names_what_does_not_fit():

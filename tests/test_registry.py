@@ -1,21 +1,60 @@
 """What `import timm_mrla` does to timm's registry, and to nothing else."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import timm
+from timm.models import model_entrypoint
 
-import timm_mrla  # noqa: F401
+import timm_mrla
+from timm_mrla.layers import layer_attentions
 
-ENTRIES = {
-    *(f'resnet{depth}_mrla{b}' for depth in (18, 34, 50, 101, 152) for b in ('', 'b')),
-    *(f'ceit_{size}_mrla' for size in ('tiny', 'small', 'base')),
-    *(f'efficientnet_b{i}_mrla' for i in range(3)),
-    *(f'pvt_v2_b{i}_mrla' for i in range(6)),
-    *(f'pvt_v2_b{i}_mrlab' for i in range(2)),
-    *(f'deit_{size}_{kind}' for size in ('tiny', 'small', 'base') for kind in ('mrla', 'mrlab', 'distilled_mrla')),
+MODULES = (
+    *(
+        'convnext',
+        'davit',
+        'deit',
+        'edgenext',
+        'efficientnet',
+        'eva',
+        'fastvit',
+        'focalnet',
+        'inception_next',
+        'mambaout',
+    ),
+    *('maxxvit', 'metaformer', 'mobilenetv3', 'pvt_v2', 'regnet', 'resnet', 'resnetv2', 'starnet', 'swin_transformer'),
+    *('swin_transformer_v2', 'vision_transformer'),
+)
+PAPER = {
+    f'deit_{size}_{kind}patch16_224': f'deit_{size}{"_distilled" if kind else ""}_mrla'
+    for size in ('tiny', 'small', 'base')
+    for kind in ('', 'distilled_')
 }
+BASE = {
+    **{f'resnet{depth}_mrlab': f'resnet{depth}' for depth in (18, 34, 50, 101, 152)},
+    **{f'deit_{size}_mrlab': f'deit_{size}_patch16_224' for size in ('tiny', 'small', 'base')},
+    **{f'pvt_v2_b{i}_mrlab': f'pvt_v2_b{i}' for i in range(2)},
+}
+# no block of theirs has a shortcut that keeps the shape
+NONE = {
+    *(f'lcnet_{width}' for width in ('035', '050', '075', '100', '150')),
+    *(f'mobilenetv1_{width}' for width in ('100', '100h', '125')),
+    *(f'test_efficientnet{kind}' for kind in ('', '_evos', '_gn', '_ln')),
+    'test_maxvit',
+}
+
+
+def stock_entries(module):
+    """timm's own entries of a module."""
+    return [n for n in timm.list_models(module=module) if model_entrypoint(n).__module__ == f'timm.models.{module}']
+
+
+def entries(module):
+    """Our entries of a module, and timm's that they are built from."""
+    light = {PAPER.get(name, f'{name}_mrla'): name for name in stock_entries(module)}
+    return {**light, **{entry: name for entry, name in BASE.items() if name in light.values()}}
 
 
 def python(code, *args):
@@ -25,14 +64,98 @@ def python(code, *args):
 
 
 def test_entries():
-    assert set(timm.list_models('*_mrla*')) == ENTRIES
+    expected = {name for module in MODULES for name in entries(module)}
+    assert set(timm.list_models('*_mrla*')) == expected | {f'ceit_{size}_mrla' for size in ('tiny', 'small', 'base')}
+    assert len(expected) > 700
+    for module in MODULES:
+        assert {*entries(module)} <= {*timm.list_models(module=module)}
 
 
-@pytest.mark.parametrize('name', sorted(ENTRIES))
-def test_every_entry_builds(name):
+def kernel_size(dim):
+    t = int(abs((math.log2(dim) + 1) / 2))
+    return t if t % 2 else t + 1
+
+
+def check_entry(entry, stock):
+    """It builds, with the stock entry's parameters and configuration, and those that the equations count."""
+    if stock in NONE:
+        with pytest.raises(ValueError, match=f'no block of {stock} can have layer attention'):
+            timm.create_model(entry, device='meta')
+        return
+    deep = {'stem_type': 'deep', 'stem_width': 32} if entry in BASE and 'resnet' in entry else {}
+    model, plain = timm.create_model(entry, device='meta'), timm.create_model(stock, device='meta', **deep)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v for k, v in shapes.items() if '.mrla.' not in k} == {k: v.shape for k, v in plain.state_dict().items()}
+    layers = layer_attentions(model)
+    if entry not in BASE:
+        sites = [site for site in timm_mrla.sites(plain) if not site.reason]
+        assert [f'{site.name}.mrla' for site in sites] == [*layers]
+    for name, layer in layers.items():
+        C, light = len(layer.v.weight), entry not in BASE
+        norm = layer.norm_x if layer.form == 'pre' else layer.norm
+        norms = sum(p.numel() for p in norm.parameters()) * (2 if light and layer.form == 'pre' else 1)
+        assert sum(p.numel() for p in layer.parameters()) == 2 * kernel_size(C) + (9 + light) * C + norms, name
+    weights = {'architecture', 'url', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'tag', 'license', 'description'}
+    weights |= {'notes', 'origin_url', *(['first_conv'] if deep else [])}
+    ours, theirs = ({k: v for k, v in m.pretrained_cfg.items() if k not in weights} for m in (model, plain))
+    assert ours == theirs
+    assert model.pretrained_cfg['architecture'] == entry
+    assert timm.models.model_entrypoint(entry).__doc__
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_some_entries_of_each_module(module):
+    """The first, every ninth, and those of the paper."""
+    chosen = [*entries(module).items()]
+    for entry, stock in {**dict(chosen[::9]), **{e: s for e, s in chosen if e in BASE or e in PAPER.values()}}.items():
+        check_entry(entry, stock)
+
+
+@pytest.mark.every_entry
+@pytest.mark.parametrize('module', MODULES)
+def test_all_entries_of_each_module(module):
+    for entry, stock in entries(module).items():
+        check_entry(entry, stock)
+
+
+@pytest.mark.parametrize('name', [f'ceit_{size}_mrla' for size in ('tiny', 'small', 'base')])
+def test_every_ceit_builds(name):
     model = timm.create_model(name, num_classes=3, device='meta')
     assert model.num_classes == 3
     assert timm.models.model_entrypoint(name).__doc__
+
+
+def test_a_new_entry_of_a_module_appears_by_itself():
+    """With its tags, as warm starts; one of unknown blocks says so when it is created."""
+    code = """
+from timm.models import convnext
+exec('''
+class Unknown(ConvNeXt):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for stage in self.stages:
+            stage.blocks = nn.Identity()
+default_cfgs.update(generate_default_cfgs({
+    'convnext_new.a_in1k': _cfg(hf_hub_id='timm/', license='mit', crop_pct=0.5),
+    'convnext_odd.b': _cfg(),
+}))
+@register_model
+def convnext_new(pretrained=False, **kwargs):
+    return _create_convnext('convnext_new', pretrained, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), **kwargs)
+@register_model
+def convnext_odd(pretrained=False, **kwargs):
+    return build_model_with_cfg(Unknown, 'convnext_odd', pretrained, **kwargs)
+''', vars(convnext))
+import timm, timm_mrla
+print(timm.list_pretrained('convnext_new_mrla*'), timm.create_model('convnext_new_mrla').pretrained_cfg['crop_pct'])
+try:
+    timm.create_model('convnext_odd_mrla')
+except ValueError as e:
+    print(e)
+"""
+    names, message = python(code).splitlines()
+    assert names == "['convnext_new_mrla.warmstart_a_in1k'] 0.5"
+    assert message.startswith('convnext_odd has no block that can have layer attention')
 
 
 def test_importing_adds_names_and_overwrites_none():
@@ -43,7 +166,7 @@ import timm_mrla
 assert all(timm.models.model_entrypoint(n) is fn for n, fn in before.items())
 print(len(before), len(timm.list_models()))
 """).split()
-    assert int(after) - int(before) == len(ENTRIES)
+    assert int(after) - int(before) == len(timm.list_models('*_mrla*'))
 
 
 def test_a_name_that_timm_has_stays_timms():

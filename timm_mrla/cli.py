@@ -1,11 +1,11 @@
-"""The command line: `timm-mrla COMMAND`, the same as `python -m timm_mrla COMMAND`.
-
-timm is imported only once a command is known: `run` lets the script's folder come first.
-"""
+"""The command line: `timm-mrla COMMAND`, the same as `python -m timm_mrla COMMAND`."""
 
 import argparse
 import ast
 import os
+
+from timm_mrla import __version__
+from timm_mrla.launcher import launch
 
 
 def _argument(text: str) -> tuple[str, object]:
@@ -17,6 +17,15 @@ def _argument(text: str) -> tuple[str, object]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not (args.module or os.path.isfile(args.script)):
+        raise ValueError(
+            f'there is no script {args.script!r}; timm keeps its scripts at the top of its repository, '
+            'https://github.com/huggingface/pytorch-image-models'
+        )
+    launch(*['-m'] * args.module, args.script, *args.args)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -86,11 +95,14 @@ def _attention(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line and run its command."""
     parser = argparse.ArgumentParser(prog='timm-mrla', description='Models with layer attention (MRLA) for timm.')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(dest='command', required=True)
 
-    run = commands.add_parser('run', help="run one of timm's scripts with the models registered")
-    run.add_argument('script', help='path of the script: train.py, validate.py, ...')
+    run = commands.add_parser('run', help="run a script, such as timm's, or a module with the models registered")
+    run.add_argument('-m', dest='module', action='store_true', help='run a module, as python -m does')
+    run.add_argument('script', help='path of the script, train.py, validate.py, ..., or with -m name of the module')
     run.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')
+    run.set_defaults(fn=_run)
 
     demo = commands.add_parser('demo', help='train a model on handwritten digits in two minutes')
     demo.add_argument('--model', default='resnet18_mrla', help='name of the model (default: %(default)s)')
@@ -146,17 +158,6 @@ def main() -> None:
     attention.set_defaults(fn=_attention)
 
     args = parser.parse_args()
-    if args.command == 'run':
-        if not os.path.isfile(args.script):
-            parser.exit(
-                2,
-                f'timm-mrla: there is no script {args.script!r}; timm keeps its scripts at the top of its '
-                'repository, https://github.com/huggingface/pytorch-image-models\n',
-            )
-        from timm_mrla.launcher import launch
-
-        launch(args.script, args.args)
-        return
     try:
         args.fn(args)
     except (ValueError, RuntimeError, OSError) as e:

@@ -174,7 +174,7 @@ def build(
     if cfg.hf_hub_id and not cfg.hf_hub_filename and (cfg.source or cfg.hf_hub_id.startswith('timm/')):
         # without a name, timm takes any failure of the network for a missing file, and asks for a pickle
         cfg = replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
-    warm = is_warm_start(cfg)
+    built = []
 
     def builder(
         model_cls: Callable[..., nn.Module],
@@ -192,6 +192,9 @@ def build(
                 model = adapt_model_from_file(model, variant)
             if kind:
                 graft(model, kind, stock.__name__, **choice)
+            for layer in layer_attentions(model).values():
+                layer.recompute = mrla_recompute
+            built.append(model)
             return model
 
         def filters(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -216,10 +219,8 @@ def build(
         if not pretrained or not source or source in str(e):
             raise
         raise RuntimeError(f'{entry} cannot be loaded from {source}: {e}') from e
-    if not layer_attentions(model):
-        raise ValueError(f'{type(model).__name__}, which timm builds for {entry} with {kwargs}, has no layer attention')
-    for layer in layer_attentions(model).values():
-        layer.recompute = mrla_recompute
-    if warm:
+    if not built:
+        raise ValueError(f'{entry} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
+    if is_warm_start(cfg):
         forget_source(model)
     return model

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from timm_mrla.layers import MrlaLight, from_map, to_map
+from timm_mrla.layers import MrlaLight, from_map, recompute, to_map
 from timm_mrla.models._graft import Calls, View
 from timm_mrla.models._registry import build, register_model
 from timm_mrla.models._transformer import GridHost
@@ -267,16 +267,16 @@ class Ceit(GridHost, VisionTransformer):
 
     def call(self, feat_size: tuple[int, int]) -> View:
         """The transformer as a forward pass on a grid (H, W) sees it, which keeps the class token of each block."""
-        call = super().call(feat_size)
-        call.tokens = []
+        tokens = []
 
-        def keep(block: Callable[..., torch.Tensor], x: torch.Tensor, **kwargs) -> torch.Tensor:
-            x = block(x, **kwargs)
-            call.tokens.append(x[:, :1].clone())  # a view would keep the whole of x alive
+        def keep(block: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
+            run = partial(recompute, block, block) if self.grad_checkpointing else block
+            x = run(x, feat_size=feat_size, **kwargs)
+            tokens.append(x[:, :1].clone())  # a view would keep the whole of x alive
             return x
 
-        call.blocks = Calls(partial(keep, block) for block in call.blocks)
-        return call
+        blocks = Calls(partial(keep, block) for block in self.blocks)
+        return View(self, tokens=tokens, grad_checkpointing=False, blocks=blocks)
 
     def finish(self, call: View, x: torch.Tensor) -> torch.Tensor:
         """Normed tokens, the class token replaced by what the last block's finds among those of all blocks."""
