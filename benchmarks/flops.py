@@ -1,39 +1,37 @@
-"""Parameters and multiply-adds of every entry and of its plain backbone, as the README's table.
+"""Parameters and multiply-adds of entries and of their plain backbones, as the README's table of the paper's.
 
     python benchmarks/flops.py
+    python benchmarks/flops.py --models convnext_tiny_mrla vit_small_patch14_reg4_dinov2_mrla
 
 MACs are those of convolutions and matrix products at the entry's input size, as torch.utils.flop_counter counts them.
 """
 
-import re
+import argparse
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
-
-FAMILIES = ('resnet', 'deit', 'ceit', 'efficientnet', 'pvt_v2')
-DEEP_STEM = {'stem_type': 'deep', 'stem_width': 32}
+from timm_mrla.models._registry import BACKBONES
 
 
 def backbone(name: str) -> tuple[str, dict[str, object]]:
     """The plain timm model of an entry, as arguments of `timm.create_model`. CeiT, which timm lacks, is its own."""
-    plain, variant = re.fullmatch(r'(.+)_(mrlab?)', name).groups()
-    if plain.startswith('ceit'):
-        plain = name
-    if plain.startswith('deit'):
-        plain += '_patch16_224'
-    return plain, DEEP_STEM if plain.startswith('resnet') and variant == 'mrlab' else {}
+    deep_stem = name.startswith('resnet') and name.endswith('_mrlab')
+    return BACKBONES.get(name, name), {'stem_type': 'deep', 'stem_width': 32} if deep_stem else {}
+
+
+FAMILIES = ('resnet', 'deit', 'ceit', 'efficientnet', 'pvt_v2')
 
 
 class Without(nn.Module):
     """In the place of a layer attention: adds nothing."""
 
-    def forward(self, x: torch.Tensor, *args) -> tuple[torch.Tensor, list]:
-        return x, args[-1]
+    def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
+        return x
 
 
 def input_size(name: str) -> tuple[int, int, int]:
@@ -53,23 +51,38 @@ def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) 
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 
+def paper_entries() -> list[str]:
+    """The entries of the paper's families, by family and cost."""
+    light = [f'resnet{d}_mrla' for d in (18, 34, 50, 101, 152)] + [f'efficientnet_b{i}_mrla' for i in range(3)]
+    light += timm.list_models(['deit_*_mrla', 'ceit_*_mrla'], exclude_filters='*384*') + [
+        f'pvt_v2_b{i}_mrla' for i in range(6)
+    ]
+    return light + timm.list_models('*_mrlab')
+
+
+def family(name: str) -> str:
+    """The module of an entry."""
+    return model_entrypoint(name).__module__.rpartition('.')[2]
+
+
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--models', nargs='+', metavar='NAME', help="entries; the paper's by default")
+    args = parser.parse_args()
     print(f'timm-mrla {timm_mrla.__version__}, timm {timm.__version__}, torch {torch.__version__}\n')
-    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | warm start |')
+    print('| model | params (M) | MACs (G) | plain backbone | params (M) | MACs (G) | warm starts |')
     print('|---|---|---|---|---|---|---|')
-    for family in FAMILIES:
-        table = {name: costs(name, input_size(name)) for name in timm.list_models(f'{family}*_mrla*')}
-        for name in sorted(table, key=table.get):
-            plain, kwargs = backbone(name)
-            label = 'CeiT' if plain == name else f'`{plain}`' + (', deep stem' if kwargs else '')
-            params, macs = table[name]
-            plain_params, plain_macs = costs(plain, input_size(name), plain=True, **kwargs)
-            weights = ', '.join(n.partition('.')[2] for n in timm.list_pretrained(f'{name}.*')) or 'none'
-            print(
-                f'| `{name}` | {params / 1e6:.2f} | {macs / 1e9:.3f} '
-                f'| {label} | {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} | {weights} |'
-            )
+    table = {name: costs(name, input_size(name)) for name in args.models or paper_entries()}
+    for name in table if args.models else sorted(table, key=lambda name: (FAMILIES.index(family(name)), table[name])):
+        plain, kwargs = backbone(name)
+        label = 'CeiT' if plain == name else f'`{plain}`' + (', deep stem' if kwargs else '')
+        params, macs = table[name]
+        plain_params, plain_macs = costs(plain, input_size(name), plain=True, **kwargs)
+        print(
+            f'| `{name}` | {params / 1e6:.2f} | {macs / 1e9:.3f} | {label} '
+            f'| {plain_params / 1e6:.2f} | {plain_macs / 1e9:.3f} | {len(timm.list_pretrained(f"{name}.*"))} |'
+        )
 
 
 if __name__ == '__main__':

@@ -16,20 +16,19 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
-from flops import backbone
+from flops import backbone, paper_entries
 
 import timm_mrla  # noqa: F401
 
+# the smallest of each module that has a few layer attentions
 SMALL = [
-    'resnet18_mrla',
-    'resnet18_mrlab',
-    'deit_tiny_mrla',
-    'deit_tiny_mrlab',
-    'deit_tiny_distilled_mrla',
-    'efficientnet_b0_mrla',
-    'pvt_v2_b0_mrla',
-    'pvt_v2_b0_mrlab',
-    'ceit_tiny_mrla',
+    *('resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla'),
+    *('efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla'),
+    *('resnetv2_18_mrla', 'regnetx_002_mrla', 'mobilenetv3_small_050_mrla', 'convnext_atto_mrla', 'davit_tiny_mrla'),
+    *('swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla', 'vit_tiny_patch16_224_mrla'),
+    *('eva02_tiny_patch14_224_mrla', 'maxvit_pico_rw_256_mrla', 'poolformerv2_s12_mrla', 'edgenext_xx_small_mrla'),
+    *('fastvit_t8_mrla', 'inception_next_atto_mrla', 'mambaout_femto_mrla', 'starnet_s050_mrla'),
+    'focalnet_tiny_srf_mrla',
 ]
 LEFT_OUT = {
     # torch.jit is deprecated since torch 2.15. Scripting can neither follow `super().forward` into timm's block nor a
@@ -142,5 +141,5 @@ test_models.test_model_forward_intermediates_features('ceit_tiny_mrla', 1)
 
 
 @pytest.mark.timm_full
-def test_every_entry(timms_tests, tmp_path):
-    assert problems(timms_tests, timm.list_models('*_mrla*'), tmp_path) == []
+def test_every_entry_of_the_paper(timms_tests, tmp_path):
+    assert problems(timms_tests, paper_entries(), tmp_path) == []

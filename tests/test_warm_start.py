@@ -1,6 +1,5 @@
 """Warm starts from timm's plain backbones, whose weights are random here and come from tests/hub.py."""
 
-import importlib
 import json
 import logging
 
@@ -13,6 +12,7 @@ from timm.models import get_pretrained_cfg, save_for_hf
 
 from timm_mrla.hub import push_to_hub, save_pretrained
 from timm_mrla.layers import layer_attentions
+from timm_mrla.models._registry import BACKBONES
 
 WARM = {
     'resnet18_mrla': 'a1_in1k',
@@ -99,7 +99,7 @@ def test_what_is_no_backbone_is_refused_by_name(num_classes, hub):
     state_dict = timm.create_model('resnet18').state_dict()
     assert 'it lacks layer3.0.bn1.bias' in message({k: v for k, v in state_dict.items() if k != 'layer3.0.bn1.bias'})
     lam = {'layer1.0.mrla.lam': torch.zeros(64)}
-    assert 'it lacks layer1.0.mrla.attn.q.weight' in message({**state_dict, **lam})
+    assert 'it lacks layer1.0.mrla.attn.qk.weight' in message({**state_dict, **lam})
     assert 'the model has no layer9.weight' in message({**state_dict, 'layer9.weight': torch.zeros(1)})
 
 
@@ -166,34 +166,69 @@ def test_what_is_saved_after_training_is_no_warm_start(hub, tmp_path):
 
 
 def test_every_configuration():
-    """All of them are warm starts, none is a default, and each is its backbone's but for what it says of itself."""
+    """Each tag of each stock entry is a warm start, none is a default, and each is its backbone's but for its source."""
     names = timm.list_pretrained('*_mrla*')
-    assert {name.partition('.')[0] for name in names} == {
-        name for name in timm.list_models('*_mrla*') if not name.startswith('ceit') and 'resnet' not in name[:6]
-    } | {f'resnet{depth}_mrla' for depth in (18, 34, 50, 101, 152)}
+    light = {entry: plain for entry, plain in BACKBONES.items() if entry.endswith('_mrla')}
+    expected = {
+        f'{entry}.warmstart_{tag}'
+        for entry, plain in {**light, **{e: BACKBONES[e] for e in WARM if e.endswith('_mrlab')}}.items()
+        for tag in (name.partition('.')[2] for name in timm.list_pretrained(f'{plain}.*'))
+    }
+    assert {name for name in names if name.partition('.')[0] in {*light, *WARM}} == expected
+    assert not [name for name in names if name.startswith('resnet') and '_mrlab' in name]
     for name in names:
         cfg = get_pretrained_cfg(name)
-        assert cfg.tag.startswith('warmstart_')
-        plain = get_pretrained_cfg(cfg.hf_hub_id.removeprefix('timm/'))
-        assert plain.architecture == backbone(cfg.architecture)[0]
-        for field in ('mean', 'std', 'crop_pct', 'interpolation', 'input_size', 'license', 'num_classes'):
-            assert getattr(cfg, field) == getattr(plain, field)
-        assert cfg.url is None
+        plain = get_pretrained_cfg(f'{BACKBONES[cfg.architecture]}.{cfg.tag.removeprefix("warmstart_")}')
+        theirs = {
+            k: v for k, v in vars(plain).items() if k not in ('url', 'architecture', 'tag', 'description', 'notes')
+        }
+        assert theirs == {k: v for k, v in vars(cfg).items() if k in theirs}
+        assert bool(cfg.hf_hub_id) != bool(cfg.url)
         assert 'untrained' in cfg.description
         assert f'{plain.architecture}.{plain.tag}' in cfg.notes[0]
-    for depth in (18, 34, 50, 101, 152):
-        tags = {name.partition('.warmstart_')[2] for name in names if name.startswith(f'resnet{depth}_mrla.')}
-        assert {'a1_in1k', 'tv_in1k'} <= tags
+        assert not get_pretrained_cfg(cfg.architecture).has_weights
 
 
-def test_a_tag_that_timm_renames(monkeypatch):
-    """It goes, and the models stay."""
-    from timm.models import _registry
+def test_at_another_size(hub):
+    """Position embeddings and windows are resampled, as timm does for the backbone."""
+    plain = randomize(timm.create_model('swin_tiny_patch4_window7_224', img_size=224))
+    repo = 'timm/swin_tiny_patch4_window7_224.ms_in22k_ft_in1k'
+    hub.commit(repo, {'model.safetensors': safetensors.torch.save(plain.state_dict())})
+    name = 'swin_tiny_patch4_window7_224_mrla.warmstart_ms_in22k_ft_in1k'
+    models = [
+        timm.create_model(n, pretrained=True, img_size=(112, 160), num_classes=3).eval()
+        for n in (name, name.replace('_mrla.warmstart_', '.'))
+    ]
+    x = torch.randn(1, 3, 112, 160)
+    assert torch.equal(*(model.forward_features(x) for model in models))
+    assert get_pretrained_cfg(name).license == get_pretrained_cfg(repo.removeprefix('timm/')).license
 
-    from timm_mrla.models import pvt_v2
 
-    monkeypatch.setattr(_registry, '_model_has_pretrained', _registry._model_has_pretrained - {'pvt_v2_b0.in1k'})
-    fresh = importlib.util.module_from_spec(pvt_v2.__spec__)
-    pvt_v2.__spec__.loader.exec_module(fresh)
-    assert list(fresh.default_cfgs['pvt_v2_b0_mrla'].tags) == ['']
-    assert sorted(fresh.default_cfgs['pvt_v2_b1_mrla'].tags) == ['', 'warmstart_in1k']
+def test_weights_of_which_timm_knows_that_a_part_is_missing(hub):
+    """FCMAE's have no head; layer attention must be there all the same."""
+    state_dict = {
+        k: v for k, v in timm.create_model('convnextv2_atto').state_dict().items() if not k.startswith('head.')
+    }
+    hub.commit('timm/convnextv2_atto.fcmae', {'model.safetensors': safetensors.torch.save(state_dict)})
+    models = [
+        timm.create_model(n, pretrained=True).eval()
+        for n in ('convnextv2_atto_mrla.warmstart_fcmae', 'convnextv2_atto.fcmae')
+    ]
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(*(model.forward_features(x) for model in models))
+    with pytest.raises(RuntimeError, match=r'lacks stages\.0\.blocks\.0\.mrla\.lam'):
+        state_dict = {**state_dict, 'stages.0.blocks.0.mrla.v.weight': torch.zeros(40, 1, 3, 3)}
+        overlay = {'state_dict': state_dict}
+        timm.create_model('convnextv2_atto_mrla.warmstart_fcmae', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_what_timm_builds_differently_for_its_weights():
+    """FBNet's batch norms have another eps with them."""
+    overlay = {'state_dict': randomize(timm.create_model('fbnetc_100')).state_dict()}
+    models = [
+        timm.create_model(n, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        for n in ('fbnetc_100_mrla.warmstart_rmsp_in1k', 'fbnetc_100')
+    ]
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(*(model(x) for model in models))
+    assert models[0].bn1.eps == models[1].bn1.eps == 1e-3
