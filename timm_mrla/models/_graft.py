@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import (
     DropPath,
-    FrozenBatchNormAct2d,
     LayerNorm,
     LayerNorm2d,
     RmsNorm,
@@ -30,13 +29,12 @@ from timm_mrla.layers import MrlaBase, MrlaLight
 
 __all__ = ['BaseBlock', 'Calls', 'Host', 'LightBlock', 'Recipe', 'Sites', 'View', 'find_sites', 'graft']
 
-# norms over the last dimension, or without parameters that train -> their like for maps [B, C, H, W]
+# norms over the last dimension -> their like for maps [B, C, H, W]
 _LIKE = {
     nn.LayerNorm: LayerNorm2d,
     LayerNorm: LayerNorm2d,
     RmsNorm: RmsNorm2d,
     SimpleNorm: SimpleNorm2d,
-    FrozenBatchNormAct2d: nn.BatchNorm2d,
 }
 
 
@@ -208,6 +206,8 @@ def _like(norm: nn.Module, on_maps: bool) -> Callable[..., nn.Module]:
     def build(dim: int, device=None, dtype=None) -> nn.Module:
         if on_maps and type(norm) in _LIKE:
             return _LIKE[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
+        if not any(True for _ in norm.parameters()):  # a batch norm that was frozen; this one must learn
+            return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
         fresh = copy.deepcopy(norm).requires_grad_()
         if hasattr(fresh, 'act'):
             fresh.act = nn.Identity()

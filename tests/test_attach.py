@@ -1,0 +1,163 @@
+"""`timm_mrla.attach` and `timm_mrla.sites`: what tests/test_contract.py doesn't hold for every module."""
+
+import copy
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_mrla
+from timm_mrla.hub import save_pretrained
+from timm_mrla.layers import MrlaLight, layer_attentions
+
+
+def train(model, x):
+    """A step, so that layer attention is no identity."""
+    model.train()(x).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return model.eval()
+
+
+def test_sites_are_a_readable_table():
+    sites = timm_mrla.sites(timm.create_model('efficientnet_b1'))
+    assert sites[0] == ('blocks.0.0', 'DepthwiseSeparableConv', 16, 'post', 'NCHW', 'in the paper it has none')
+    assert sites[3] == ('blocks.1.1', 'InvertedResidual', 24, 'post', 'NCHW', '')
+    lines = str(sites).splitlines()
+    assert lines[0].split() == ['block', 'class', 'channels', 'form', 'layout']
+    assert lines[1].split(maxsplit=2) == ['blocks.0.0', 'DepthwiseSeparableConv', 'none: in the paper it has none']
+    assert lines[4].split() == ['blocks.1.1', 'InvertedResidual', '24', 'post', 'NCHW']
+    assert len(lines) == 1 + len(sites)
+    assert timm_mrla.sites(nn.Linear(2, 2)) == []
+    assert timm_mrla.sites(timm_mrla.attach(timm.create_model('efficientnet_b1'))) == sites
+
+
+def test_a_choice_of_blocks_is_saved_with_the_model(tmp_path):
+    model = timm.create_model('convnext_atto', num_classes=3)
+    timm_mrla.attach(model, blocks=['stages.2.*', 'stages.[03].blocks.1'])
+    names = [f'stages.2.blocks.{i}.mrla' for i in range(6)]
+    assert [*layer_attentions(model)] == ['stages.0.blocks.1.mrla', *names, 'stages.3.blocks.1.mrla']
+    x = torch.randn(2, 3, 64, 64)
+    save_pretrained(train(model, x), tmp_path / 'folder')
+    config = json.loads((tmp_path / 'folder' / 'config.json').read_text())
+    assert config['architecture'] == 'convnext_atto_mrla'
+    loaded = timm.create_model(f'local-dir:{tmp_path}/folder', pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x))
+    by_name = timm.create_model('convnext_atto_mrla', mrla_blocks='stages.2.*')
+    assert [*layer_attentions(by_name)] == names
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'entry'), [('deit_tiny_patch16_224', 'deit_tiny_mrla'), ('resnet18', 'resnet18_mrla')]
+)
+def test_what_was_attached_is_the_entry_of_the_paper(backbone, entry):
+    model = timm_mrla.attach(timm.create_model(backbone, num_classes=3))
+    assert model.pretrained_cfg['architecture'] == entry
+    shapes = {k: v.shape for k, v in timm.create_model(entry, num_classes=3).state_dict().items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+
+
+def test_initialized_as_for_training_from_scratch():
+    """As by name, after the backbone's own initialization."""
+    torch.manual_seed(0)
+    attached = timm_mrla.attach(timm.create_model('resnet18'), identity=False)
+    torch.manual_seed(0)
+    assert all(
+        map(torch.equal, attached.state_dict().values(), timm.create_model('resnet18_mrla').state_dict().values())
+    )
+
+
+def test_what_the_backbone_is_it_stays():
+    model = timm.create_model('resnet18', num_classes=3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    model.requires_grad_(False).train()
+    model.layer1.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    timm_mrla.attach(model)
+    assert modes == {n: m.training for n, m in model.named_modules() if '.mrla' not in n}
+    assert not model.layer1[0].mrla.norm.training and model.layer2[0].mrla.norm.training
+    assert {t.dtype for t in model.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad == ('.mrla.' in name) for name, p in model.named_parameters())
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    meta = timm_mrla.attach(timm.create_model('resnet18', device='meta'))
+    assert {p.device.type for p in meta.parameters()} == {'meta'}
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'feature_cls': 'hook'}, {'feature_cls': 'getter'}])
+def test_feature_extractors(kwargs):
+    plain = timm.create_model('convnext_atto', features_only=True, **kwargs)
+    model, x = timm_mrla.attach(copy.deepcopy(plain)), torch.randn(1, 3, 64, 64)
+    assert len(layer_attentions(model)) == 12
+    assert all(map(torch.equal, model.eval()(x), plain.eval()(x)))
+
+
+def test_norms_that_are_frozen_are_left_so():
+    """Layer attention gets one that trains, or it could never add anything."""
+    from timm.utils.model import freeze_batch_norm_2d
+
+    plain = freeze_batch_norm_2d(timm.create_model('resnet18').eval())
+    model, x = timm_mrla.attach(copy.deepcopy(plain)), torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(x), plain(x))
+    model(x).square().sum().backward()
+    assert model.layer4[0].mrla.norm.weight.grad.any()
+
+
+def test_blocks_are_tensor_to_tensor():
+    """Parts of a model run as timm's, and a hook on a block sees what the block returns."""
+    model, seen = timm.create_model('resnet18_mrla').eval(), []
+    model.layer4[-1].register_forward_hook(lambda block, args, out: seen.append((args, out)))
+    model(torch.randn(1, 3, 64, 64))
+    ((x,), out) = seen[0]
+    assert isinstance(x, torch.Tensor) and out.shape == (1, 512, 2, 2)
+    convnext = timm.create_model('convnext_atto_mrla').eval()
+    x = torch.randn(1, 40, 16, 16)
+    blocks = convnext.stages[0].blocks
+    assert torch.equal(nn.Sequential(*blocks)(x), blocks(x))
+
+
+def mistakes():
+    resnet = timm.create_model('resnet18', device='meta')
+    compiled = timm.create_model('resnet18', device='meta')
+    compiled.compile()
+    return {
+        'attached twice': (timm_mrla.attach(timm.create_model('resnet18', device='meta')), {}, 'already'),
+        'data parallel': (nn.DataParallel(timm.create_model('resnet18')), {}, 'wrapped by DataParallel; attach first'),
+        'compiled': (torch.compile(resnet), {}, r'wrapped by torch\.compile; attach first'),
+        'compiled in place': (compiled, {}, r'wrapped by torch\.compile; attach first'),
+        'no such block': (timm.create_model('vgg11', device='meta'), {}, 'vgg11 has no block that can have'),
+        'not of timm': (nn.Sequential(nn.Linear(2, 2)), {}, 'Sequential has no block that can have'),
+        'none with a shortcut': (timm.create_model('lcnet_050', device='meta'), {}, 'no shortcut that keeps the shape'),
+        'patch dropout': (
+            timm.create_model('vit_tiny_patch16_224', patch_drop_rate=0.5, device='meta'),
+            {},
+            'patch_drop_rate 0.5',
+        ),
+        'a pattern of nothing': (resnet, {'blocks': ['layer1.*', 'layer9.*']}, r"'layer9\.\*' matches no block"),
+        'no pattern': (resnet, {'blocks': []}, 'matches no block'),
+    }
+
+
+@pytest.mark.parametrize('kind', mistakes())
+def test_mistakes_are_one_sentence_and_change_nothing(kind):
+    model, kwargs, message = mistakes()[kind]
+    count = sum(isinstance(m, MrlaLight) for m in model.modules())
+    with pytest.raises(ValueError, match=message) as e:
+        timm_mrla.attach(model, **kwargs)
+    assert '\n' not in str(e.value)
+    assert sum(isinstance(m, MrlaLight) for m in model.modules()) == count
+
+
+def test_under_fully_sharded_and_distributed_wrappers(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        sharded, parallel = (timm.create_model('resnet18') for _ in range(2))
+        fully_shard(sharded.layer1)
+        with pytest.raises(ValueError, match='wrapped by FSDPModule; attach first'):
+            timm_mrla.attach(sharded)
+        with pytest.raises(ValueError, match='wrapped by DistributedDataParallel; attach first'):
+            timm_mrla.attach(nn.parallel.DistributedDataParallel(parallel))
+    finally:
+        dist.destroy_process_group()
