@@ -4,9 +4,11 @@ import re
 
 import safetensors.torch
 import timm
+from flops import family, paper_entries
 from readme import README, RECIPES, code, sections
 
 from timm_mrla.hub import save_pretrained
+from timm_mrla.models._registry import BACKBONES
 
 
 def test_python_blocks(tmp_path, monkeypatch, hub):
@@ -24,6 +26,15 @@ def test_python_blocks(tmp_path, monkeypatch, hub):
     assert namespace['x'].shape == (2, 64, 56, 56)
 
 
-def test_every_entry_is_in_the_table():
-    table = re.findall(r'^\| `(\w+)` \|', README, flags=re.MULTILINE)
-    assert sorted(table) == sorted(timm.list_models('*_mrla*'))
+def test_the_tables():
+    """All entries of the paper; each module with its number of entries and of warm starts, and an example."""
+    assert sorted(re.findall(r'^\| `(\w+)` \|', README, flags=re.MULTILINE)) == sorted(paper_entries())
+    rows = re.findall(r'^\| (\w+) \| (\d+) \| (\d+) \| .* \| `(\w+)` \|', README, flags=re.MULTILINE)
+    assert [row[0] for row in sorted(rows)] == sorted({family(name) for name in BACKBONES})
+    for module, count, tags, example in rows:
+        names = [name for name in timm.list_models('*_mrla', module=module) if name in BACKBONES]
+        assert int(count) == len(names)
+        assert int(tags) == sum(len(timm.list_pretrained(f'{name}.*')) for name in names)
+        assert example in names
+    assert f'{len(timm.list_models("*_mrla"))} entries' in README
+    assert f'{len(timm.list_pretrained("*_mrla*")):,}.' in README

@@ -166,7 +166,7 @@ def test_what_is_saved_after_training_is_no_warm_start(hub, tmp_path):
 
 
 def test_every_configuration():
-    """Each tag of each stock entry is a warm start, none is a default, and each is its backbone's but for its source."""
+    """Each tag of each stock entry is a warm start, none is a default; all else is its backbone's."""
     names = timm.list_pretrained('*_mrla*')
     light = {entry: plain for entry, plain in BACKBONES.items() if entry.endswith('_mrla')}
     expected = {

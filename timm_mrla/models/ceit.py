@@ -10,7 +10,6 @@ vision transformer.
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 
 import torch
