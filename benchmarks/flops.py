@@ -41,7 +41,7 @@ def input_size(name: str) -> tuple[int, int, int]:
 
 def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
     """Parameters and MACs of a model of timm's registry, on the meta device; plain drops layer attention."""
-    model = timm.create_model(name, device='meta', **kwargs).eval()
+    model = timm.create_model(name, device='meta', **kwargs).eval().requires_grad_(False)
     if plain:
         for module in model.modules():
             if hasattr(module, 'mrla'):

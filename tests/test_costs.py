@@ -1,14 +1,14 @@
-"""Parameters and multiply-adds of every entry against its plain backbone and the paper."""
+"""Parameters and multiply-adds of entries against their plain backbones and the paper."""
 
 import pytest
 import timm
 import torch
-from flops import backbone, costs, input_size
+from flops import backbone, costs, input_size, paper_entries
 
 from timm_mrla.layers import MrlaLight, layer_attentions
 
 
-@pytest.mark.parametrize('name', timm.list_models('*_mrla*'))
+@pytest.mark.parametrize('name', paper_entries())
 def test_what_mrla_adds(name):
     """The difference to the plain backbone is what the equations say: q, k, v, lam and norms."""
     model = timm.create_model(name, device='meta').eval()

@@ -26,7 +26,7 @@ SMALL = [
     *('efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla'),
     *('resnetv2_18_mrla', 'regnetx_002_mrla', 'mobilenetv3_small_050_mrla', 'convnext_atto_mrla', 'davit_tiny_mrla'),
     *('swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla', 'vit_tiny_patch16_224_mrla'),
-    *('eva02_tiny_patch14_224_mrla', 'maxvit_pico_rw_256_mrla', 'poolformerv2_s12_mrla', 'edgenext_xx_small_mrla'),
+    *('eva02_tiny_patch14_224_mrla', 'coatnet_pico_rw_224_mrla', 'poolformerv2_s12_mrla', 'edgenext_xx_small_mrla'),
     *('fastvit_t8_mrla', 'inception_next_atto_mrla', 'mambaout_femto_mrla', 'starnet_s050_mrla'),
     'focalnet_tiny_srf_mrla',
 ]
@@ -39,10 +39,13 @@ LEFT_OUT = {
     'test_model_load_pretrained',
     'test_model_features_pretrained',
     'test_model_inference',
+    # of fixed names, which test_on_fixed_names gives ours
+    'test_model_features_output_stride',
 }
 # timm does not know CeiT's name among those that have tokens, so that the configuration test asks it for maps; nor its
-# module among those that have forward_intermediates. test_ceit runs what timm would run on it if it did.
-LEFT_OUT_OF = {'ceit': {'test_model_default_cfgs'}}
+# module among those that have forward_intermediates. test_on_fixed_names runs what timm would run on it if it did.
+# Inputs of a fixed size above 224 it skips in a test of FX.
+LEFT_OUT_OF = {'ceit': {'test_model_default_cfgs'}, 'swinv2': {'test_model_backward_fx'}}
 
 
 @pytest.fixture(scope='session')
@@ -128,10 +131,13 @@ def test_small_entries(timms_tests, tmp_path):
     assert problems(timms_tests, SMALL, tmp_path) == []
 
 
-def test_ceit(timms_tests):
+def test_on_fixed_names(timms_tests):
     code = """
 import timm_mrla
 from tests import test_models
+for name in ('convnext_atto_mrla', 'inception_next_atto_mrla'):
+    test_models.test_model_features_output_stride(name, 8)
+    test_models.test_model_features_output_stride(name, 16)
 test_models.test_model_default_cfgs_non_std('ceit_tiny_mrla', 1, 'meta')
 test_models.test_model_forward_intermediates('ceit_tiny_mrla', 1)
 test_models.test_model_forward_intermediates_features('ceit_tiny_mrla', 1)

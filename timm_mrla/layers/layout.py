@@ -23,9 +23,10 @@ def to_map(
         return x, None
     if layout == 'NHWC':
         return x.permute(0, 3, 1, 2), None
-    B, N, C = x.shape
     H, W = feat_size
-    return x[:, N - H * W :].transpose(1, 2).reshape(B, C, H, W), x[:, : N - H * W]
+    P = x.shape[1] - H * W
+    # other ways to the same values give one image strides of which torch's batch norm computes wrong gradients
+    return x[:, P:].unflatten(1, (H, W)).permute(0, 3, 1, 2), x[:, :P]
 
 
 def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -> torch.Tensor:
@@ -34,4 +35,4 @@ def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -
         return x
     if layout == 'NHWC':
         return x.permute(0, 2, 3, 1)
-    return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([prefix, x.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

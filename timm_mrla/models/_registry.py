@@ -199,8 +199,10 @@ def build(
 
         def filters(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
             state_dict = convert_state_dict(state_dict)
-            for fn in filter(None, (filter_fn, pretrained_filter_fn)):
-                state_dict = apply_filter(fn, state_dict, model)
+            if filter_fn:
+                state_dict = filter_fn(state_dict)
+            if pretrained_filter_fn:
+                state_dict = apply_filter(pretrained_filter_fn, state_dict, model)
             return fit_state_dict(state_dict, model, cfg, pretrained_strict)
 
         kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=filters, pretrained_strict=pretrained_strict)

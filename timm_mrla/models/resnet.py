@@ -53,7 +53,7 @@ class MrlaBaseResNet(Host, ResNet):
                 module.grad_checkpointing = enable
 
 
-def _authors_stages(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def _authors_stages(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The authors' MRLA-base calls the stages `stages.0` to `stages.3`."""
     return {re.sub(r'^stages\.(\d)\.', lambda m: f'layer{int(m[1]) + 1}.', k): v for k, v in state_dict.items()}
 
