@@ -85,9 +85,8 @@ def test_models_are_registered(launcher, target, tmp_path):
 def test_the_flags_of_python_stay(tmp_path):
     report = 'import json, sys; print(json.dumps([sys.flags, sys._xoptions, sys.warnoptions, sys.path]))\n'
     write(tmp_path, report + 'print(sys.flags.optimize, sys.stdout.write_through)')
-    flags = ['-O', '-u', '-B', '-P', '-s', '-W', 'ignore::UserWarning', '-X', 'no_debug_ranges', '-X', 'tracemalloc=2']
-    if sys.version_info < (3, 11):
-        flags.remove('-P')
+    flags = ['-O', '-u', '-B', '-s', '-Wignore::UserWarning', '-Xno_debug_ranges', '-Xint_max_str_digits=5000']
+    flags += ['-P'] * (sys.version_info >= (3, 11))
     python = [sys.executable, *flags]
     env = dict(PYTHONUNBUFFERED='')
     expected = run(python, *SCRIPT, cwd=tmp_path, env=env).stdout.splitlines()

@@ -23,20 +23,10 @@ from timm.models._prune import adapt_model_from_file  # how timm gives an entry 
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
+from timm_mrla.models import _weights as weights
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
-from timm_mrla.models._weights import (
-    TAG,
-    apply_filter,
-    convert_state_dict,
-    fit_state_dict,
-    forget_source,
-    is_warm_start,
-    source_of,
-    warm_start_cfg,
-    without_weights,
-)
 
-__all__ = ['BACKBONES', 'build', 'register_base', 'register_light', 'register_model']
+__all__ = ['BACKBONES', 'build', 'register_entries', 'register_model']
 
 BACKBONES: dict[str, str] = {}  # our entries -> timm's entries that they are built from
 
@@ -46,46 +36,29 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return fn if is_model(fn.__name__) else timm_register_model(fn)
 
 
-def register_light(
+def register_entries(
     module: str,
     blocks: dict[type[nn.Module], Recipe],
     names: dict[str, str] | None = None,
-    base: type[LightBlock] = LightBlock,
-) -> None:
-    """Register each entry of the module of timm's that has the name of ours, as `ENTRY_mrla`.
-
-    Args:
-        module: `__name__` of a module of ours.
-        blocks: How the blocks of its models get layer attention.
-        names: Names of entries that the paper calls otherwise, by timm's name, without `_mrla`.
-        base: What the classes of these blocks are made with.
-    """
-    base.define(module, blocks)
-    name = module.rpartition('.')[2]
-    for backbone in list_models(module=name):
-        if model_entrypoint(backbone).__module__ == f'timm.models.{name}':
-            _register(module, f'{(names or {}).get(backbone, backbone)}_mrla', backbone, LightBlock)
-
-
-def register_base(
-    module: str,
-    blocks: dict[type[nn.Module], Recipe],
-    names: dict[str, str],
-    base: type[BaseBlock] = BaseBlock,
+    base: type[LightBlock] | type[BaseBlock] = LightBlock,
     **kwargs,
 ) -> None:
-    """Register entries of timm's with MRLA-base.
+    """Register the entries of the module of timm's that has the name of ours, as `ENTRY_mrla` or `ENTRY_mrlab`.
 
     Args:
         module: `__name__` of a module of ours.
         blocks: How the blocks of its models get layer attention.
-        names: Names of ours, without `_mrlab`, by timm's.
+        names: Names of ours, without ending, where they are not timm's; of MRLA-base, those that have it.
         base: What the classes of these blocks are made with.
         **kwargs: warm, filter_fn, model_args and cfg, as below.
     """
     base.define(module, blocks)
-    for backbone, name in names.items():
-        _register(module, f'{name}_mrlab', backbone, BaseBlock, **kwargs)
+    name, names = module.rpartition('.')[2], names or {}
+    kind, ending = (BaseBlock, '_mrlab') if issubclass(base, BaseBlock) else (LightBlock, '_mrla')
+    for backbone in list_models(module=name):
+        is_timms = model_entrypoint(backbone).__module__ == f'timm.models.{name}'
+        if is_timms and (kind is LightBlock or backbone in names):
+            _register(module, names.get(backbone, backbone) + ending, backbone, kind, **kwargs)
 
 
 def _register(
@@ -113,13 +86,15 @@ def _register(
     fn.__doc__ = f"timm's {backbone} with MRLA-{'light' if kind is LightBlock else 'base'}."
     default = sys.modules[stock.__module__].default_cfgs[backbone]
     cfgs = {
-        f'{entry}.{TAG}{tag}': replace(warm_start_cfg(default.cfgs[tag], entry, f'{backbone}.{tag}'), **cfg)
+        f'{entry}.{weights.TAG}{tag}': replace(
+            weights.warm_start_cfg(default.cfgs[tag], entry, f'{backbone}.{tag}'), **cfg
+        )
         for tag in default.tags
         if warm and tag and default.cfgs[tag].has_weights
     }
     # timm makes the first tag with weights the default, unless the entry itself follows as `ENTRY.*`: nobody gets a
     # warm start without asking for it
-    cfgs[f'{entry}.*'] = replace(without_weights(default.default), **cfg)
+    cfgs[f'{entry}.*'] = replace(weights.without_weights(default.default), **cfg)
     vars(scope).setdefault('default_cfgs', {}).update(generate_default_cfgs(cfgs))
     setattr(scope, entry, fn)
     register_model(fn)
@@ -156,10 +131,8 @@ def build(
         stock: timm's entrypoint.
         entry: Our entry.
         kind: LightBlock or BaseBlock; None if the entrypoint builds its layer attention itself.
-        pretrained: Load weights.
+        pretrained: Load weights, those of pretrained_cfg and pretrained_cfg_overlay, which are as in timm.
         filter_fn: Filter of checkpoints, before timm's.
-        pretrained_cfg: As in timm.
-        pretrained_cfg_overlay: As in timm.
         mrla_recompute: Backward computes the layer attentions again, rather than save what they make.
         **kwargs: Arguments of the entrypoint; unless kind is None, also those of `graft`, as `mrla_blocks` and so on.
 
@@ -198,31 +171,31 @@ def build(
             return model
 
         def filters(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-            state_dict = convert_state_dict(state_dict)
+            state_dict = weights.convert_state_dict(state_dict)
             if filter_fn:
                 state_dict = filter_fn(state_dict)
             if pretrained_filter_fn:
-                state_dict = apply_filter(pretrained_filter_fn, state_dict, model)
-            return fit_state_dict(state_dict, model, cfg, pretrained_strict)
+                state_dict = weights.apply_filter(pretrained_filter_fn, state_dict, model)
+            return weights.fit_state_dict(state_dict, model, cfg, pretrained_strict)
 
         kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=filters, pretrained_strict=pretrained_strict)
         return build_model_with_cfg(grafted, variant, pretrained, **kwargs)
 
     try:
         # some of timm's functions look at the tag
-        tag = (cfg.tag or '').removeprefix(TAG)
+        tag = (cfg.tag or '').removeprefix(weights.TAG)
         model = _with_builder(stock, builder)(pretrained=pretrained, pretrained_cfg=tag, **kwargs)
     except AssertionError as e:
         reason = str(e) or traceback.extract_tb(e.__traceback__)[-1].line
         arguments = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if isinstance(v, int | float | str | tuple))
         raise ValueError(f'{entry} cannot be built with {arguments}: {reason}') from e
     except (RuntimeError, OSError, SafetensorError) as e:
-        source = source_of(cfg)
+        source = weights.source_of(cfg)
         if not pretrained or not source or source in str(e):
             raise
         raise RuntimeError(f'{entry} cannot be loaded from {source}: {e}') from e
     if not built:
         raise ValueError(f'{entry} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
-    if is_warm_start(cfg):
-        forget_source(model)
+    if weights.is_warm_start(cfg):
+        weights.forget_source(model)
     return model

@@ -28,7 +28,7 @@ __all__ = ['Ceit']
 
 
 class ImageToTokens(PatchEmbed):
-    """The stem of CeiT: a 7x7 convolution and a max-pool, each of stride 2, then a projection of patches."""
+    """The stem of CeiT, of stem_width channels: a 7x7 convolution and a max-pool of stride 2, then the patches."""
 
     def __init__(
         self,
@@ -42,16 +42,6 @@ class ImageToTokens(PatchEmbed):
         dtype=None,
         **kwargs,
     ) -> None:
-        """
-        Args:
-            *args: As in timm's PatchEmbed.
-            patch_size: Size of a patch in pixels, a multiple of 4.
-            in_chans: Channels of an image.
-            embed_dim: Width of a token.
-            bias: Give the projection a bias.
-            stem_width: Channels of the convolution.
-            **kwargs: As in timm's PatchEmbed.
-        """
         dd = {'device': device, 'dtype': dtype}
         if patch_size % 4:
             raise ValueError(f'patch_size {patch_size} is not a multiple of 4, the stride of the stem')
@@ -79,7 +69,10 @@ class ImageToTokens(PatchEmbed):
 
 
 class LeFF(nn.Module):
-    """Locally-enhanced feed-forward: an MLP on patches, with a depthwise convolution. Prefix tokens pass unchanged."""
+    """Locally-enhanced feed-forward: an MLP on patches, with a depthwise convolution. Prefix tokens pass unchanged.
+
+    Its norms are batch norms, so that norm_layer must be None.
+    """
 
     def __init__(
         self,
@@ -92,15 +85,6 @@ class LeFF(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        """
-        Args:
-            in_features: Width of a token.
-            hidden_features: Channels of the depthwise convolution.
-            act_layer: Activation after the first and the second convolution.
-            norm_layer: None; the norms are BatchNorms.
-            bias: Give the convolutions biases.
-            drop: Dropout rate of the result.
-        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if norm_layer is not None:
@@ -136,12 +120,6 @@ class CeitBlock(Block):
         dtype=None,
         **kwargs,
     ) -> None:
-        """
-        Args:
-            dim: Width of a token, a multiple of 32.
-            drop_path: Stochastic depth rate of attention, LeFF and layer attention.
-            norm_layer: Norm of the tokens that they read.
-        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, *args, drop_path=drop_path, norm_layer=norm_layer, **kwargs, **dd)
         self.mrla = MrlaLight(
@@ -199,17 +177,6 @@ class Ceit(GridHost, VisionTransformer):
         dtype=None,
         **kwargs,
     ) -> None:
-        """
-        Args:
-            *args: As in timm's vision transformer.
-            embed_dim: Width of a token, a multiple of 32.
-            depth: Number of blocks.
-            num_heads: Heads of the attention.
-            class_token: True, since the attention over layers reads it.
-            global_pool: 'token' or '', since the class token of that attention is what the head reads.
-            weight_init: As in timm's vision transformer.
-            **kwargs: As in timm's vision transformer.
-        """
         if not class_token:
             raise ValueError(f'class_token {class_token}: the layer-wise attention of CeiT reads it, use True')
         _check_pool(global_pool)
@@ -287,12 +254,9 @@ class Ceit(GridHost, VisionTransformer):
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
-    renamed = {}
-    for name, tensor in state_dict.items():
-        name = re.sub(r'^i2t\.(backbone\.)?', 'patch_embed.proj.', name)
-        name = re.sub(r'\.(leff|feedforward)\.', '.mlp.', name)
-        renamed[name] = tensor
-    return vit_checkpoint_filter_fn(renamed, model)
+    for pattern, ours in ((r'^i2t\.(backbone\.)?', 'patch_embed.proj.'), (r'\.(leff|feedforward)\.', '.mlp.')):
+        state_dict = {re.sub(pattern, ours, name): tensor for name, tensor in state_dict.items()}
+    return vit_checkpoint_filter_fn(state_dict, model)
 
 
 def _ceit(pretrained: bool = False, **kwargs) -> Ceit:
@@ -317,19 +281,16 @@ default_cfgs = generate_default_cfgs({f'ceit_{size}_mrla': _cfg for size in ('ti
 @register_model
 def ceit_tiny_mrla(pretrained: bool = False, **kwargs) -> Ceit:
     """CeiT-tiny with MRLA-light."""
-    model_args = dict(embed_dim=192, depth=12, num_heads=3)
-    return build(_ceit, 'ceit_tiny_mrla', None, pretrained, **dict(model_args, **kwargs))
+    return build(_ceit, 'ceit_tiny_mrla', None, pretrained, **dict(dict(embed_dim=192, num_heads=3), **kwargs))
 
 
 @register_model
 def ceit_small_mrla(pretrained: bool = False, **kwargs) -> Ceit:
     """CeiT-small with MRLA-light."""
-    model_args = dict(embed_dim=384, depth=12, num_heads=6)
-    return build(_ceit, 'ceit_small_mrla', None, pretrained, **dict(model_args, **kwargs))
+    return build(_ceit, 'ceit_small_mrla', None, pretrained, **dict(dict(embed_dim=384, num_heads=6), **kwargs))
 
 
 @register_model
 def ceit_base_mrla(pretrained: bool = False, **kwargs) -> Ceit:
     """CeiT-base with MRLA-light."""
-    model_args = dict(embed_dim=768, depth=12, num_heads=12)
-    return build(_ceit, 'ceit_base_mrla', None, pretrained, **dict(model_args, **kwargs))
+    return build(_ceit, 'ceit_base_mrla', None, pretrained, **dict(dict(embed_dim=768, num_heads=12), **kwargs))

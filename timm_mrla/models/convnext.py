@@ -4,7 +4,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 blocks = {ConvNeXtBlock: Recipe('pre', 'norm', where=lambda block: isinstance(block.shortcut, nn.Identity))}
-register_light(__name__, blocks)
+register_entries(__name__, blocks)

@@ -4,7 +4,7 @@ import torch
 from timm.models.davit import ChannelBlock, SpatialBlock
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 
 class _TokenBlock(LightBlock):
@@ -19,4 +19,4 @@ class _TokenBlock(LightBlock):
 
 
 blocks = dict.fromkeys((SpatialBlock, ChannelBlock), Recipe('pre', 'norm1', 'NLC'))
-register_light(__name__, blocks, base=_TokenBlock)
+register_entries(__name__, blocks, base=_TokenBlock)

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from timm_mrla.models._base import chain
-from timm_mrla.models._graft import Recipe, View
-from timm_mrla.models._registry import register_base, register_light
+from timm_mrla.models._graft import BaseBlock, Recipe, View
+from timm_mrla.models._registry import register_entries
 from timm_mrla.models._transformer import GridHost
 
 
@@ -36,5 +36,6 @@ _sizes = ('tiny', 'small', 'base')
 _names = {f'deit_{size}_patch16_224': f'deit_{size}' for size in _sizes}
 _distilled = {f'deit_{size}_distilled_patch16_224': f'deit_{size}_distilled' for size in _sizes}
 
-register_light(__name__, {}, {**_names, **_distilled})  # the blocks are those of the vision transformer
-register_base(__name__, {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))}, _names)
+register_entries(__name__, {}, {**_names, **_distilled})  # the blocks are those of the vision transformer
+blocks = {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))}
+register_entries(__name__, blocks, _names, base=BaseBlock)

@@ -3,10 +3,10 @@
 from timm.models.edgenext import ConvBlock, SplitTransposeBlock
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 blocks = {
     ConvBlock: Recipe('pre', 'norm', where=lambda block: not block.shortcut_after_dw),
     SplitTransposeBlock: Recipe('pre', 'norm'),
 }
-register_light(__name__, blocks)
+register_entries(__name__, blocks)

@@ -12,7 +12,7 @@ from timm.models import _efficientnet_blocks as timm_blocks  # not exported
 from torch import nn
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 _init_v = partial(nn.init.normal_, std=math.sqrt(2 / 9))
 _recipe = partial(Recipe, 'post', where=lambda block: block.has_skip, num_heads=8, init_v=_init_v)
@@ -26,4 +26,4 @@ blocks = {
     timm_blocks.MobileAttention: _recipe('norm', not_in=_not_in),
     timm_blocks.ConvBnAct: _recipe('bn1', not_in=_not_in),
 }
-register_light(__name__, blocks)
+register_entries(__name__, blocks)

@@ -3,7 +3,7 @@
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 from timm_mrla.models._transformer import GridHost
 
 
@@ -11,4 +11,4 @@ class MrlaEva(GridHost, Eva):
     """timm's transformer with MRLA-light."""
 
 
-register_light(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))))
+register_entries(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))))

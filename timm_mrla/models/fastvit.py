@@ -3,6 +3,6 @@
 from timm.models.fastvit import AttentionBlock, RepMixerBlock
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, dict.fromkeys((RepMixerBlock, AttentionBlock), Recipe('post', 'mlp.conv.bn')))
+register_entries(__name__, dict.fromkeys((RepMixerBlock, AttentionBlock), Recipe('post', 'mlp.conv.bn')))

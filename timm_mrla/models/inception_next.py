@@ -3,6 +3,6 @@
 from timm.models.inception_next import MetaNeXtBlock
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, {MetaNeXtBlock: Recipe('post', 'norm')})
+register_entries(__name__, {MetaNeXtBlock: Recipe('post', 'norm')})

@@ -3,6 +3,6 @@
 from timm.models.mambaout import GatedConvBlock
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, {GatedConvBlock: Recipe('pre', 'norm', 'NHWC')})
+register_entries(__name__, {GatedConvBlock: Recipe('pre', 'norm', 'NHWC')})

@@ -6,7 +6,7 @@ from timm.models.maxxvit import ConvNeXtBlock, MaxxVitBlock, MbConvBlock, Parall
 from torch import nn
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 
 def _conv(block: nn.Module) -> nn.Module:
@@ -23,4 +23,4 @@ def _norm(block: nn.Module) -> nn.Module:
 _recipe = partial(Recipe, 'post', where=lambda block: isinstance(_conv(block).shortcut, nn.Identity))
 
 blocks = dict.fromkeys((MbConvBlock, ConvNeXtBlock, MaxxVitBlock, ParallelMaxxVitBlock), _recipe(_norm))
-register_light(__name__, {**blocks, TransformerBlock2d: _recipe('norm2')})
+register_entries(__name__, {**blocks, TransformerBlock2d: _recipe('norm2')})

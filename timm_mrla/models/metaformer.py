@@ -4,7 +4,7 @@ from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
 from timm_mrla.models._graft import Host, Recipe, View
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 from timm_mrla.models._transformer import with_grid
 
 
@@ -23,4 +23,4 @@ def _layout(block: nn.Module) -> str:
     return 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC'
 
 
-register_light(__name__, {MetaFormerBlock: Recipe('pre', 'norm1', _layout, hosts=(MrlaMetaFormerStage,))})
+register_entries(__name__, {MetaFormerBlock: Recipe('pre', 'norm1', _layout, hosts=(MrlaMetaFormerStage,))})

@@ -1,5 +1,5 @@
 """MobileNetV3, MobileNetV4 and their kin with MRLA-light. Their blocks are EfficientNet's."""
 
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, {})
+register_entries(__name__, {})

@@ -14,7 +14,7 @@ from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
 from timm_mrla.models._base import chain
 from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe, View
-from timm_mrla.models._registry import register_base, register_light
+from timm_mrla.models._registry import register_entries
 
 
 class _LightBlock(LightBlock):
@@ -42,6 +42,6 @@ class MrlaBaseStage(Host, PyramidVisionTransformerStage):
 
 _recipe = partial(Recipe, 'pre', 'norm1', 'NLC')
 
-register_light(__name__, {Block: _recipe()}, base=_LightBlock)
+register_entries(__name__, {Block: _recipe()}, base=_LightBlock)
 names = {f'pvt_v2_b{i}': f'pvt_v2_b{i}' for i in range(2)}
-register_base(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=_BaseBlock)
+register_entries(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=_BaseBlock)

@@ -6,8 +6,8 @@ from timm.models.regnet import Bottleneck, PreBottleneck
 from torch import nn
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 _recipe = partial(Recipe, 'post', where=lambda block: isinstance(block.downsample, nn.Identity))
 
-register_light(__name__, {Bottleneck: _recipe('conv3.bn'), PreBottleneck: _recipe('norm1')})
+register_entries(__name__, {Bottleneck: _recipe('conv3.bn'), PreBottleneck: _recipe('norm1')})

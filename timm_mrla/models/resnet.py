@@ -13,8 +13,8 @@ from timm.models import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_mrla.models._base import chain
-from timm_mrla.models._graft import Host, LightBlock, Recipe, View
-from timm_mrla.models._registry import register_base, register_light
+from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe, View
+from timm_mrla.models._registry import register_entries
 
 
 class _ShortcutBlock(LightBlock):
@@ -61,11 +61,12 @@ def _authors_stages(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 _recipe = partial(Recipe, 'post', init_v=partial(nn.init.kaiming_normal_, mode='fan_out', nonlinearity='relu'))
 _base = partial(_recipe, hosts=(MrlaBaseResNet,))
 
-register_light(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')}, base=_ShortcutBlock)
-register_base(
+register_entries(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')}, base=_ShortcutBlock)
+register_entries(
     __name__,
     {BasicBlock: _base('bn2'), Bottleneck: _base('bn3')},
     {f'resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50, 101, 152)},
+    base=BaseBlock,
     warm=False,  # the ReLU after the norm passes no gradient where the norm is at zero
     filter_fn=_authors_stages,
     model_args={'stem_type': 'deep', 'stem_width': 32},

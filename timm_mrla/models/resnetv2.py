@@ -5,9 +5,9 @@ from functools import partial
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
 _recipe = partial(Recipe, 'post', where=lambda block: block.downsample is None)
 
 blocks = {PreActBottleneck: _recipe('norm1'), PreActBasic: _recipe('norm1'), Bottleneck: _recipe('norm3')}
-register_light(__name__, blocks)
+register_entries(__name__, blocks)

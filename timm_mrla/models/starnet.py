@@ -3,6 +3,6 @@
 from timm.models.starnet import Block
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, {Block: Recipe('post', 'g.bn')})
+register_entries(__name__, {Block: Recipe('post', 'g.bn')})

@@ -3,6 +3,6 @@
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, {SwinTransformerBlock: Recipe('pre', 'norm1', 'NHWC')})
+register_entries(__name__, {SwinTransformerBlock: Recipe('pre', 'norm1', 'NHWC')})

@@ -3,6 +3,6 @@
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 
-register_light(__name__, {SwinTransformerV2Block: Recipe('pre', 'norm1', 'NHWC')})
+register_entries(__name__, {SwinTransformerV2Block: Recipe('pre', 'norm1', 'NHWC')})

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import (
 )
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_light
+from timm_mrla.models._registry import register_entries
 from timm_mrla.models._transformer import GridHost
 
 
@@ -33,4 +33,4 @@ blocks = {
     DiffParallelScalingBlock: _recipe('in_norm'),
     ParallelThingsBlock: _recipe('attns.0.norm'),
 }
-register_light(__name__, blocks)
+register_entries(__name__, blocks)
