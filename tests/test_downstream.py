@@ -11,8 +11,6 @@ from PIL import Image, ImageDraw
 from readme import recipe
 from torch import nn
 
-from timm_mrla.layers import MrlaBase
-
 pytestmark = pytest.mark.downstream
 BACKBONES = ['resnet50_mrla', 'resnet50_mrlab', 'pvt_v2_b0_mrla', 'efficientnet_b0_mrla']
 backbones = pytest.mark.parametrize('name', BACKBONES)
@@ -41,11 +39,7 @@ def assert_layer_attention_learns(model, loss):
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if '.mrla.' in n}
     assert grads
-    assert all(grad.isfinite().all() for grad in grads.values())
-    # the softmax of MRLA-base over the first block of a stage alone is one, whatever the query
-    base = any(isinstance(m, MrlaBase) for m in model.modules())
-    idle = {n for n in grads if base and n.endswith('.0.mrla.attn.q.weight')}
-    assert {n for n, grad in grads.items() if not grad.any()} == idle
+    assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
 
 
 COLOURS = {'square': (230, 40, 40), 'triangle': (40, 230, 40), 'disc': (40, 40, 230)}
