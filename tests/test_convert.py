@@ -13,6 +13,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from test_parity import MODELS, reference
+from test_parity import convert as converted
 
 from timm_mrla.cli import main
 
@@ -54,13 +55,13 @@ def wrap(wrapper, state_dict):
 )
 def test_checkpoints_of_the_authors(name, wrapper, convert):
     _, state_dict, _ = reference(name)
-    entry, family = MODELS[name]
+    entry = MODELS[name]
     torch.save(wrap(wrapper, state_dict), 'checkpoint.pth')
     assert convert('checkpoint.pth', '--model', entry, '--out', 'models/out') is None
     assert os.listdir('models') == ['out']
     assert sorted(os.listdir('models/out')) == ['README.md', 'config.json', 'model.safetensors']
     model = timm.create_model('local-dir:models/out', pretrained=True)
-    for key, tensor in family.checkpoint_filter_fn(state_dict, model).items():
+    for key, tensor in converted(entry, state_dict, model).items():
         assert torch.equal(model.state_dict()[key], tensor)
 
 
