@@ -41,3 +41,8 @@ def images(tmp_path_factory):
                 pixels[..., channel] += 150
                 Image.fromarray(pixels).save(folder / f'{i}.jpg')
     return root
+
+
+def pytest_collection_modifyitems(items):
+    """timm's own tests come first: they take longest, and the other process would wait for them at the end."""
+    items.sort(key=lambda item: item.path.name != 'test_timm.py')

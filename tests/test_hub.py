@@ -13,7 +13,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_timm import SMALL
+from test_timm import OF_THE_PAPER
 from timm.layers import to_ntuple
 from timm.models import save_for_hf
 
@@ -37,7 +37,7 @@ def cached_files(hub):
     return sorted(path.name for path in hub.cache.glob('models--*/snapshots/*/*'))
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', OF_THE_PAPER)
 def test_arguments_that_timm_has_for_pretrained_models(name, hub, tmp_path):
     fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
     model = create(name, num_classes=7, **({'img_size': 64} if fixed else {}))
