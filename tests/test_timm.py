@@ -27,7 +27,7 @@ OF_THE_PAPER = [
 SMALL = [
     *OF_THE_PAPER,
     # and the smallest of each other module that has a few layer attentions
-    *('resnetv2_18_mrla', 'regnetx_002_mrla', 'mobilenetv3_small_050_mrla', 'convnext_atto_mrla', 'davit_tiny_mrla'),
+    *('resnetv2_18_mrla', 'regnety_002_mrla', 'mobilenetv3_small_050_mrla', 'convnext_atto_mrla', 'davit_tiny_mrla'),
     *('swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla', 'vit_tiny_patch16_224_mrla'),
     *('eva02_tiny_patch14_224_mrla', 'coatnet_pico_rw_224_mrla', 'poolformerv2_s12_mrla', 'edgenext_xx_small_mrla'),
     *('fastvit_t8_mrla', 'inception_next_atto_mrla', 'mambaout_femto_mrla', 'starnet_s050_mrla'),
