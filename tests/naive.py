@@ -31,6 +31,12 @@ def key(attn, x):
     return query_key(attn.qk.weight[1], x, dim_head(attn, x))
 
 
+def kernel_size(dim):
+    """Taps of the convolutions to queries and keys."""
+    t = int(abs((math.log2(dim) + 1) / 2))
+    return t if t % 2 else t + 1
+
+
 def dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
 

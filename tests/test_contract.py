@@ -1,7 +1,6 @@
 """What holds for layer attention on every module of timm's, on a small model of each kind of block, form and layout."""
 
 import copy
-import math
 import pickle
 
 import naive
@@ -221,11 +220,6 @@ def test_layouts_folding_and_half_precision(case):
     assert half.isfinite().all()
 
 
-def kernel_size(dim):
-    t = int(abs((math.log2(dim) + 1) / 2))
-    return t if t % 2 else t + 1
-
-
 @every
 @torch.no_grad()
 def test_parameters_and_macs_are_those_of_the_equations(case):
@@ -244,5 +238,5 @@ def test_parameters_and_macs_are_those_of_the_equations(case):
         sum(p.numel() for norm in (layer.norm, layer.norm_x, layer.norm_o) for p in norm.parameters())
         for layer in layer_attentions(model).values()
     ]
-    assert params == sum(2 * kernel_size(C) + 10 * C for _, C, _, _ in maps) + sum(norms)
-    assert macs == sum(9 * C * H * W + 2 * kernel_size(C) * C for _, C, H, W in maps)
+    assert params == sum(2 * naive.kernel_size(C) + 10 * C for _, C, _, _ in maps) + sum(norms)
+    assert macs == sum(9 * C * H * W + 2 * naive.kernel_size(C) * C for _, C, H, W in maps)

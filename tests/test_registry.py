@@ -1,9 +1,9 @@
 """What `import timm_mrla` does to timm's registry, and to nothing else."""
 
-import math
 import subprocess
 import sys
 
+import naive
 import pytest
 import timm
 from timm.models import model_entrypoint
@@ -71,11 +71,6 @@ def test_entries():
         assert {*entries(module)} <= {*timm.list_models(module=module)}
 
 
-def kernel_size(dim):
-    t = int(abs((math.log2(dim) + 1) / 2))
-    return t if t % 2 else t + 1
-
-
 def check_entry(entry, stock):
     """It builds, with the stock entry's parameters and configuration, and those that the equations count."""
     if stock in NONE:
@@ -94,7 +89,7 @@ def check_entry(entry, stock):
         C, light = len(layer.v.weight), entry not in BASE
         norm = layer.norm_x if layer.form == 'pre' else layer.norm
         norms = sum(p.numel() for p in norm.parameters()) * (2 if light and layer.form == 'pre' else 1)
-        assert sum(p.numel() for p in layer.parameters()) == 2 * kernel_size(C) + (9 + light) * C + norms, name
+        assert sum(p.numel() for p in layer.parameters()) == 2 * naive.kernel_size(C) + (9 + light) * C + norms, name
     weights = {'architecture', 'url', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'tag', 'license', 'description'}
     weights |= {'notes', 'origin_url', *(['first_conv'] if deep else [])}
     ours, theirs = ({k: v for k, v in m.pretrained_cfg.items() if k not in weights} for m in (model, plain))

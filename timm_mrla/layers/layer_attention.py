@@ -91,6 +91,11 @@ class _LayerAttention(nn.Module):
         """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
         return [*self.norm.parameters(), *self.norm_x.parameters()]
 
+    def zero_gates(self) -> None:
+        """Make it add exactly nothing until it is trained."""
+        for gate in self.gates():
+            nn.init.zeros_(gate)
+
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """What is added to x, but for drop_path: a map, and to a normed prefix itself."""
         if prefix is not None and self.form == 'post':

@@ -304,8 +304,7 @@ def graft(
         cls = kind.classes[type(block)]
         mrla = cls.graft(block, site, drop_path)
         if identity:
-            for gate in mrla.gates():
-                nn.init.zeros_(gate)
+            mrla.zero_gates()
         host = cls.host_of(owner)
         if host and type(owner) is not host:
             host.adopt(owner, **host_args)

@@ -116,8 +116,7 @@ def fit_state_dict(
     warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
     if warm:
         for layer in layer_attentions(model).values():
-            for gate in layer.gates():
-                nn.init.zeros_(gate)
+            layer.zero_gates()
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if '.mrla.' in k}}
 
     adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]
