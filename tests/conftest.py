@@ -44,5 +44,6 @@ def images(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """timm's own tests come first: they take longest, and the other process would wait for them at the end."""
-    items.sort(key=lambda item: item.path.name != 'test_timm.py')
+    """What takes longest comes first, or one process would wait for the other at the end."""
+    slow = ('test_timm.py', 'test_launcher.py', 'test_demo.py', 'test_contract.py')
+    items.sort(key=lambda item: slow.index(item.path.name) if item.path.name in slow else len(slow))

@@ -12,10 +12,12 @@ import pytest
 import timm
 
 import timm_mrla
+from timm_mrla import launcher as launcher_module
 
 PYTHON = [sys.executable]
 COMMAND = [str(Path(sys.executable).with_name('timm-mrla')), 'run']
 MODULE = [sys.executable, '-m', 'timm_mrla', 'run']
+STARTED = [sys.executable, launcher_module.__file__]  # what both of these become
 SCRIPT, AS_MODULE = ['script.py'], ['-m', 'script']
 launchers = pytest.mark.parametrize('launcher', [COMMAND, MODULE], ids=['command', 'module'])
 
@@ -45,9 +47,9 @@ def write(folder, text, name='script.py'):
     [
         (COMMAND, 'script.py'),
         (MODULE, 'script.py'),
-        (COMMAND, '../folder/script.py'),
-        (MODULE, 'absolute'),
-        (COMMAND, 'link.py'),
+        (STARTED, '../folder/script.py'),
+        (STARTED, 'absolute'),
+        (STARTED, 'link.py'),
     ],
 )
 def test_a_script_finds_itself_as_under_python(launcher, path, tmp_path):
@@ -133,13 +135,13 @@ def test_a_timm_beside_the_script_is_the_timm_that_is_used(launcher, tmp_path):
     [
         (COMMAND, SCRIPT, 'import sys; sys.exit(7)', 7),
         (MODULE, SCRIPT, "import sys; sys.exit('out of luck')", 1),
-        (COMMAND, SCRIPT, "def f():\n    raise KeyError('lost')\n\nf()", 1),
-        (MODULE, SCRIPT, "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('chained') from e", 1),
-        (COMMAND, SCRIPT, 'def f(:', 1),
-        (MODULE, SCRIPT, "import atexit; atexit.register(print, 'bye'); print(__file__)", 0),
+        (STARTED, SCRIPT, "def f():\n    raise KeyError('lost')\n\nf()", 1),
+        (STARTED, SCRIPT, "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError('chained') from e", 1),
+        (STARTED, SCRIPT, 'def f(:', 1),
+        (STARTED, SCRIPT, "import atexit; atexit.register(print, 'bye'); print(__file__)", 0),
         (COMMAND, AS_MODULE, 'import sys; sys.exit(7)', 7),
-        (MODULE, AS_MODULE, 'import atexit; atexit.register(lambda: print(__file__)); import lost', 1),
-        (COMMAND, AS_MODULE, 'def f(:', 1),
+        (STARTED, AS_MODULE, 'import atexit; atexit.register(lambda: print(__file__)); import lost', 1),
+        (STARTED, AS_MODULE, 'def f(:', 1),
     ],
 )
 def test_exit_codes_and_tracebacks_are_those_of_python(launcher, target, code, returncode, tmp_path):
@@ -193,11 +195,10 @@ if __name__ == '__main__':
 @pytest.mark.parametrize(
     ('launcher', 'target', 'method'),
     [
-        (COMMAND, SCRIPT, 'fork'),
         (COMMAND, SCRIPT, 'spawn'),
-        (MODULE, SCRIPT, 'spawn'),
-        (MODULE, SCRIPT, 'forkserver'),
-        (COMMAND, AS_MODULE, 'spawn'),
+        (MODULE, AS_MODULE, 'spawn'),
+        (STARTED, SCRIPT, 'fork'),
+        (STARTED, SCRIPT, 'forkserver'),
     ],
 )
 def test_workers(launcher, target, method, tmp_path):

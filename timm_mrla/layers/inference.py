@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_mrla.layers.layout import from_map, to_map
-from timm_mrla.layers.weights import per_channel
-
-__all__ = ['InferenceBase', 'InferenceLight', 'is_foldable']
+from timm_mrla.layers.layout import Grid, from_map, to_map
+from timm_mrla.layers.weights import Memory, per_channel
 
 
 def is_foldable(norm: nn.Module) -> bool:
@@ -43,7 +41,7 @@ class InferenceLight(nn.Module):
         self.lam = nn.Parameter(mrla.lam * scale)
         self.bias = nn.Parameter(bias)
 
-    def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
         x, prefix = to_map(x, self.layout, feat_size)
         o, _ = to_map(o, self.layout, feat_size)
         g = per_channel(self.attn(x), x.shape[1])
@@ -65,12 +63,7 @@ class InferenceBase(nn.Module):
         self.layout, self.attn, self.v = mrla.layout, mrla.attn, mrla.v
         self.scale, self.bias = nn.Parameter(scale), nn.Parameter(bias)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        memory: tuple[torch.Tensor, ...] = (),
-        feat_size: tuple[int, int] | None = None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         x, prefix = to_map(x, self.layout, feat_size)
         weights, k = self.attn(x, memory[::2])
         memory = (*memory, k, self.v(x))

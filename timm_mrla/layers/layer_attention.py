@@ -32,11 +32,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_mrla.layers.inference import InferenceBase, InferenceLight, is_foldable
-from timm_mrla.layers.layout import LAYOUTS, from_map, to_map
+from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
 from timm_mrla.layers.recompute import recompute
-from timm_mrla.layers.weights import BaseWeights, LightWeights, per_channel
-
-__all__ = ['FORMS', 'MrlaBase', 'MrlaLight', 'layer_attentions']
+from timm_mrla.layers.weights import BaseWeights, LightWeights, Memory, per_channel
 
 FORMS = ('post', 'pre')
 
@@ -122,13 +120,9 @@ class MrlaLight(_LayerAttention):
     ) -> None:
         """
         Args:
-            dim: Number of channels, C.
-            dim_head: Channels per head, d; divides dim.
-            norm_layer: Norm.
-            *args: form and layout, as in MRLA-base.
             norm_o: In the form `pre`, norm o before it is read.
             norm_v: Norm of the value, a map.
-            **kwargs: form, layout and drop_path, as in MRLA-base.
+            dim, dim_head, norm_layer, *args, **kwargs: As in MRLA-base.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, dim_head, norm_layer, *args, **kwargs, **dd)
@@ -146,7 +140,7 @@ class MrlaLight(_LayerAttention):
         """As above; in the form `pre` with lam, through which o passes without a norm after it."""
         return [*super().gates(), *([self.lam] if self.form == 'pre' else [])]
 
-    def branch(self, x: torch.Tensor, o: torch.Tensor, feat_size: tuple[int, int] | None) -> torch.Tensor:
+    def branch(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
         """What is added to x, but for drop_path."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
         o, _ = to_map(self.norm_o(o), self.layout, feat_size)
@@ -155,7 +149,7 @@ class MrlaLight(_LayerAttention):
         m = g * v + self.lam.to(v.dtype)[:, None, None] * o
         return self.join(self.norm(m), prefix)
 
-    def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
         """
         Args:
             x: Output of the block, in the layout.
@@ -189,7 +183,7 @@ class MrlaBase(_LayerAttention):
         super().__init__(*args, **kwargs)
         self.act = nn.ReLU(inplace=True) if self.form == 'post' else nn.Identity()
 
-    def branch(self, x: torch.Tensor, feat_size: tuple[int, int] | None, *memory) -> tuple[torch.Tensor, ...]:
+    def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is added to x, but for drop_path, and the block's key and value."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
         weights, k = self.attn(y, memory[::2])
@@ -200,12 +194,7 @@ class MrlaBase(_LayerAttention):
             m = retrieved if m is None else m + retrieved
         return self.join(self.act(self.norm(m)), prefix), k, v
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        memory: tuple[torch.Tensor, ...] = (),
-        feat_size: tuple[int, int] | None = None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         """
         Args:
             x: Output of the block, in the layout.

@@ -2,23 +2,13 @@
 
 import torch
 
-__all__ = ['LAYOUTS', 'from_map', 'to_map']
+Grid = tuple[int, int] | None  # (H, W), of tokens
 
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 
-def to_map(
-    x: torch.Tensor,
-    layout: str,
-    feat_size: tuple[int, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The map [B, C, H, W] in x, and of tokens the prefix [B, P, C], which is not in it.
-
-    Args:
-        x: The tensor.
-        layout: One of LAYOUTS.
-        feat_size: The grid (H, W) of tokens.
-    """
+def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The map [B, C, H, W] in x, one of LAYOUTS, and of tokens the prefix [B, P, C], which is not in it."""
     if layout == 'NCHW':
         return x, None
     if layout == 'NHWC':

@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['recompute']
-
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-__all__ = ['BaseWeights', 'LightWeights', 'per_channel']
+Memory = tuple[torch.Tensor, ...]  # key, value, key, value, ...
 
 
 class _Weights(nn.Module):

@@ -9,8 +9,6 @@ from timm_mrla.models._graft import LightBlock, Sites, find_sites, graft
 from timm_mrla.models._registry import BACKBONES
 from timm_mrla.models._weights import forget_source
 
-__all__ = ['attach', 'sites']
-
 
 def _entry(model: nn.Module) -> str:
     """The name of a model in timm's registry, without layer attention; '' if it has none."""
@@ -41,11 +39,7 @@ def _wrapper(model: nn.Module) -> str:
     return next((cls.__name__ for m in model.modules() for cls in wrappers if isinstance(m, cls)), '')
 
 
-def attach(
-    model: nn.Module,
-    blocks: str | Iterable[str] | None = None,
-    identity: bool = True,
-) -> nn.Module:
+def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity: bool = True) -> nn.Module:
     """Add MRLA-light to a model of timm's, in place.
 
     Each block that can have it gets a child `mrla`. The backbone keeps its parameters and their names, device, dtype,

@@ -13,28 +13,17 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import (
-    DropPath,
-    LayerNorm,
-    LayerNorm2d,
-    RmsNorm,
-    RmsNorm2d,
-    SimpleNorm,
-    SimpleNorm2d,
-    get_device_dtype,
-)
+from timm import layers
 from torch import nn
 
-from timm_mrla.layers import MrlaBase, MrlaLight
-
-__all__ = ['BaseBlock', 'Calls', 'Host', 'LightBlock', 'Recipe', 'Sites', 'View', 'find_sites', 'graft']
+from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
 
 # norms over the last dimension -> their like for maps [B, C, H, W]
 _LIKE = {
-    nn.LayerNorm: LayerNorm2d,
-    LayerNorm: LayerNorm2d,
-    RmsNorm: RmsNorm2d,
-    SimpleNorm: SimpleNorm2d,
+    nn.LayerNorm: layers.LayerNorm2d,
+    layers.LayerNorm: layers.LayerNorm2d,
+    layers.RmsNorm: layers.RmsNorm2d,
+    layers.SimpleNorm: layers.SimpleNorm2d,
 }
 
 
@@ -61,27 +50,6 @@ class Sites(list[Site]):
         return '\n'.join(rows)
 
     __repr__ = __str__
-
-
-class View:
-    """A module as one call of a method of timm's sees it: with other attributes, which the module itself never has."""
-
-    def __init__(self, module: nn.Module, **attributes) -> None:
-        self._module = module
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-class Calls(list):
-    """Functions in the place of an `nn.Sequential`."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for call in self:
-            x = call(x)
-        return x
 
 
 class Host:
@@ -132,10 +100,6 @@ class Recipe:
         """The norm of a block."""
         return block.get_submodule(self.norm) if isinstance(self.norm, str) else self.norm(block)
 
-    def layout_of(self, block: nn.Module) -> str:
-        """The layout of a block."""
-        return self.layout if isinstance(self.layout, str) else self.layout(block)
-
 
 class _Block:
     """Before a class of timm's blocks among the bases: the block, followed by layer attention."""
@@ -158,12 +122,12 @@ class _Block:
             cls.classes[block] = ours
 
     @classmethod
-    def host_of(cls, owner: nn.Module | None) -> type[Host] | None:
+    def host_of(cls, owner: nn.Module) -> type[Host] | None:
         """The host that a module is or can become."""
         return next((host for host in cls.recipe.hosts if type(owner) in (host, host.stock)), None)
 
     @classmethod
-    def site(cls, name: str, block: nn.Module, owner: nn.Module | None, entry: str) -> Site:
+    def site(cls, name: str, block: nn.Module, owner: nn.Module, entry: str) -> Site:
         """A block, in the module that holds its list of blocks, as a site."""
         recipe, host = cls.recipe, cls.host_of(owner)
         weight = getattr(recipe.norm_of(block), 'weight', None)
@@ -178,18 +142,19 @@ class _Block:
         else:
             reason = 'its norm has no weight that could be zero' if weight is None else ''
         channels = None if weight is None else len(weight)
-        return Site(name, cls.stock.__name__, channels, recipe.form, recipe.layout_of(block), reason)
+        layout = recipe.layout if isinstance(recipe.layout, str) else recipe.layout(block)
+        return Site(name, cls.stock.__name__, channels, recipe.form, layout, reason)
 
     @classmethod
     def graft(cls, block: nn.Module, site: Site, drop_path: float | None) -> nn.Module:
         """Make a block one of this class, and return its layer attention."""
-        recipe, dd, dim = cls.recipe, get_device_dtype(block), site.channels
+        recipe, dd, dim = cls.recipe, layers.get_device_dtype(block), site.channels
         if recipe.num_heads:
             dim_head = dim // math.gcd(dim, recipe.num_heads)
         else:
             dim_head = max(d for d in range(1, cls.max_dim_head[site.form] + 1) if dim % d == 0)
         if drop_path is None:
-            own = [m.drop_prob for m in block.modules() if isinstance(m, DropPath)]
+            own = [m.drop_prob for m in block.modules() if isinstance(m, layers.DropPath)]
             drop_path = own[-1] if own and site.form == 'post' else 0.0
         norm_layer = _like(recipe.norm_of(block), on_maps=site.form == 'post' or site.layout == 'NCHW')
         mrla = cls.layer(dim, dim_head, norm_layer, site.form, site.layout, drop_path=drop_path, **dd)
@@ -222,7 +187,7 @@ class LightBlock(_Block):
 
     layer, prefix, max_dim_head, classes = MrlaLight, 'Mrla', {'post': 32, 'pre': 16}, {}
 
-    def forward(self, x: torch.Tensor, *args, feat_size: tuple[int, int] | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args, feat_size: Grid = None, **kwargs) -> torch.Tensor:
         return self.mrla(super().forward(x, *args, **kwargs), x, feat_size)
 
 
@@ -231,15 +196,14 @@ class BaseBlock(_Block):
 
     layer, prefix, max_dim_head, classes = MrlaBase, 'MrlaBase', {'post': 16, 'pre': 16}, {}
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        *memory: torch.Tensor,
-        feat_size: tuple[int, int] | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: Grid = None, **kwargs) -> Memory:
         x, memory = self.mrla(super().forward(x, **kwargs), memory, feat_size)
         return x, *memory
+
+
+def _owner(name: str) -> str:
+    """The name of what holds the list of blocks that a block is in."""
+    return name.rpartition('.')[0].rpartition('.')[0]
 
 
 def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
@@ -248,8 +212,7 @@ def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
     for name, block in modules.items():
         cls = type(block) if isinstance(block, kind) else kind.classes.get(type(block))
         if cls is not None and not (last and name.startswith(f'{last}.')):
-            owner = modules.get('.'.join(name.split('.')[:-2])) if '.' in name else None
-            sites.append(cls.site(name, block, owner, entry))
+            sites.append(cls.site(name, block, modules[_owner(name)], entry))
             last = name
     return sites
 
@@ -263,20 +226,11 @@ def graft(
     drop_path: float | None = None,
     **host_args,
 ) -> None:
-    """Give layer attention to the blocks of a model that can have it.
+    """Give layer attention of a kind to the blocks of a model, one of timm's entries, that can have it.
 
-    Args:
-        model: A model that timm built.
-        kind: LightBlock or BaseBlock.
-        entry: Its name in timm's registry, or ''.
-        blocks: Patterns of names of blocks, as of the shell; all if None.
-        identity: Whether it adds exactly nothing until it is trained.
-        drop_path: Stochastic depth rate of layer attention; None for that of the block in the form `post`, else 0.
-        **host_args: Arguments of what holds the blocks.
-
-    Raises:
-        ValueError: No block can have it, a pattern matches none that can, or drop_path is no rate.
-        TypeError: An argument is unknown.
+    blocks are patterns of names of blocks, all by default; with identity it adds exactly nothing until it is trained;
+    drop_path is by default that of the block in the form `post`, else 0; host_args go to what holds the blocks. A bad
+    choice raises ValueError, an unknown argument TypeError.
     """
     if drop_path is not None and not 0.0 <= drop_path < 1.0:
         raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
@@ -300,7 +254,7 @@ def graft(
 
     modules = dict(model.named_modules())
     for site in sites:
-        block, owner = modules[site.name], modules.get('.'.join(site.name.split('.')[:-2]))
+        block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]
         mrla = cls.graft(block, site, drop_path)
         if identity:

@@ -1,19 +1,12 @@
 """Transformers whose blocks don't know the grid of their tokens: they hand it to them, in timm's own loops."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from timm_mrla.models._graft import Calls, Host, View
-
-__all__ = ['GridHost', 'with_grid']
-
-
-def with_grid(blocks: nn.Module, feat_size: tuple[int, int]) -> Calls:
-    """Blocks as functions of tokens, the grid (H, W) handed to those that have layer attention."""
-    return Calls(partial(b, feat_size=feat_size) if hasattr(b, 'mrla') else b for b in blocks)
+from timm_mrla.models._graft import Host
+from timm_mrla.models._loops import View, with_grid
 
 
 class GridHost(Host):

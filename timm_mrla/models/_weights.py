@@ -13,19 +13,9 @@ from torch import nn
 
 from timm_mrla.layers import layer_attentions
 
-__all__ = [
-    'TAG',
-    'apply_filter',
-    'convert_state_dict',
-    'fit_state_dict',
-    'forget_source',
-    'is_warm_start',
-    'source_of',
-    'warm_start_cfg',
-    'without_weights',
-]
-
 _logger = logging.getLogger(__name__)
+
+StateDict = dict[str, torch.Tensor]
 
 TAG = 'warmstart_'
 
@@ -76,11 +66,7 @@ def forget_source(model: nn.Module) -> None:
         model.pretrained_cfg.pop(key, None)
 
 
-def apply_filter(
-    fn: Callable[..., dict[str, torch.Tensor]],
-    state_dict: dict[str, torch.Tensor],
-    model: nn.Module,
-) -> dict[str, torch.Tensor]:
+def apply_filter(fn: Callable[..., StateDict], state_dict: StateDict, model: nn.Module) -> StateDict:
     """A filter of timm's on a checkpoint; its substitutions of names never see those of layer attention."""
     plain = {name: tensor for name, tensor in state_dict.items() if '.mrla.' not in name}
     ours = {name: tensor for name, tensor in state_dict.items() if '.mrla.' in name}
@@ -88,26 +74,15 @@ def apply_filter(
     return {**(fn(plain, model) if takes_model else fn(plain)), **ours}
 
 
-def fit_state_dict(
-    state_dict: dict[str, torch.Tensor],
-    model: nn.Module,
-    cfg: PretrainedCfg,
-    strict: bool = True,
-) -> dict[str, torch.Tensor]:
+def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
     """Complete a warm start, and hold a checkpoint to the model's names, also where timm replaces the classifier.
 
     A warm start's checkpoint, the plain backbone's, gets layer attention that adds exactly nothing: its gates are zero,
     so that the model computes what the backbone computes, and the rest of it is as initialized. A checkpoint with layer
     attention, be it in part, gets nothing, nor does one from a repository or folder that claims to hold the model.
 
-    Args:
-        state_dict: Parameters and buffers by the model's names.
-        model: The model, initialized.
-        cfg: Its configuration.
-        strict: Whether the plain backbone's names must be the same; timm knows weights of which a part is missing.
-
-    Raises:
-        RuntimeError: The checkpoint and the model differ in a name or a shape, classifier and first conv aside.
+    If they differ in a name or a shape, classifier and first conv aside, RuntimeError is raised; timm knows weights of
+    which a part is missing, those are not strict about the plain backbone's names.
     """
     if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
         raise RuntimeError('there is no state dict in it')
@@ -133,14 +108,9 @@ def fit_state_dict(
         'the model has no ': [name for name in theirs if name not in ours],
         '': [f'its {name} is {theirs[name]} and the model has {ours[name]}' for name in differing],
     }
-    if any(problems.values()):
-        raise RuntimeError(
-            '; '.join(
-                what + ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-                for what, names in problems.items()
-                if names
-            )
-        )
+    more = {what: f' and {len(names) - 5} more' if len(names) > 5 else '' for what, names in problems.items() if names}
+    if more:
+        raise RuntimeError('; '.join(what + ', '.join(problems[what][:5]) + rest for what, rest in more.items()))
     if warm:
         _logger.warning(
             f'{cfg.architecture} starts from the plain backbone of {source_of(cfg)}: its layer attention is untrained '
@@ -149,12 +119,11 @@ def fit_state_dict(
     return state_dict
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def convert_state_dict(state_dict: StateDict) -> StateDict:
     """Give a checkpoint of the authors' code our names; our own passes unchanged.
 
-    Args:
-        state_dict: Parameters and buffers by name, bare or under `state_dict` or `model`, with or without the prefixes
-            of DistributedDataParallel and torch.compile.
+    It is bare or under `state_dict` or `model`, with or without the prefixes of DistributedDataParallel and
+    torch.compile.
     """
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict.get('model', state_dict)))
     out = {}

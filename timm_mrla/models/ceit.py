@@ -14,54 +14,36 @@ from functools import partial
 
 import torch
 from timm.layers import LayerNorm, PatchEmbed, to_2tuple, trunc_normal_
-from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs
+from timm.models import VisionTransformer, build_model_with_cfg
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
 from timm_mrla.layers import MrlaLight, from_map, recompute, to_map
-from timm_mrla.models._graft import Calls, View
-from timm_mrla.models._registry import build, register_model
+from timm_mrla.models._loops import Calls, View
+from timm_mrla.models._registry import register_entry
 from timm_mrla.models._transformer import GridHost
-
-__all__ = ['Ceit']
 
 
 class ImageToTokens(PatchEmbed):
     """The stem of CeiT, of stem_width channels: a 7x7 convolution and a max-pool of stride 2, then the patches."""
 
-    def __init__(
-        self,
-        *args,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        bias: bool = True,
-        stem_width: int = 64,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, *args, stem_width: int = 64, device=None, dtype=None, **kwargs) -> None:
         dd = {'device': device, 'dtype': dtype}
-        if patch_size % 4:
-            raise ValueError(f'patch_size {patch_size} is not a multiple of 4, the stride of the stem')
-        super().__init__(
-            *args, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, bias=bias, **kwargs, **dd
-        )
-        kernel_size = patch_size // 4
+        super().__init__(*args, **kwargs, **dd)
+        stride, remainder = divmod(self.patch_size[0], 4)
+        if remainder:
+            raise ValueError(f'patch_size {self.patch_size[0]} is not a multiple of 4, the stride of the stem')
+        conv, width = self.proj, stem_width
         layers = {
-            'conv': nn.Conv2d(in_chans, stem_width, 7, stride=2, padding=3, bias=False, **dd),
-            'bn': nn.BatchNorm2d(stem_width, **dd),
+            'conv': nn.Conv2d(conv.in_channels, width, 7, stride=2, padding=3, bias=False, **dd),
+            'bn': nn.BatchNorm2d(width, **dd),
             'pool': nn.MaxPool2d(3, stride=2, padding=1),
-            'proj': nn.Conv2d(stem_width, embed_dim, kernel_size, stride=kernel_size, bias=bias, **dd),
+            'proj': nn.Conv2d(width, conv.out_channels, stride, stride=stride, bias=conv.bias is not None, **dd),
         }
         self.proj = nn.Sequential(OrderedDict(layers))
 
-    def set_input_size(
-        self,
-        img_size: tuple[int, int] | None = None,
-        patch_size: int | tuple[int, int] | None = None,
-    ) -> None:
+    def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: int | None = None) -> None:
         """Change the image size. The patch size stays: timm resamples patch projections, and this one is more."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(f'patch_size {patch_size}: CeiT cannot change its {self.patch_size}, build another model')
@@ -69,21 +51,10 @@ class ImageToTokens(PatchEmbed):
 
 
 class LeFF(nn.Module):
-    """Locally-enhanced feed-forward: an MLP on patches, with a depthwise convolution. Prefix tokens pass unchanged.
-
-    Its norms are batch norms, so that norm_layer must be None.
-    """
+    """Locally-enhanced feed-forward: an MLP on patches with a depthwise convolution and batch norms."""
 
     def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        act_layer: type[nn.Module] = nn.GELU,
-        norm_layer: type[nn.Module] | None = None,
-        bias: bool = True,
-        drop: float = 0.0,
-        device=None,
-        dtype=None,
+        self, in_features, hidden_features, act_layer, norm_layer=None, bias=True, drop=0.0, device=None, dtype=None
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -110,40 +81,15 @@ class LeFF(nn.Module):
 class CeitBlock(Block):
     """timm's block with LeFF for the MLP, on a residual stream that is normed, followed by MRLA-light."""
 
-    def __init__(
-        self,
-        dim: int,
-        *args,
-        drop_path: float = 0.0,
-        norm_layer: type[nn.Module] = LayerNorm,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, dim: int, *args, norm_layer=LayerNorm, drop_path=0.0, device=None, dtype=None, **kwargs) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, *args, drop_path=drop_path, norm_layer=norm_layer, **kwargs, **dd)
-        self.mrla = MrlaLight(
-            dim,
-            dim_head=32,
-            norm_layer=norm_layer,
-            form='pre',
-            layout='NLC',
-            drop_path=drop_path,
-            norm_o=False,
-            norm_v=nn.BatchNorm2d,
-            **dd,
-        )
+        super().__init__(dim, *args, norm_layer=norm_layer, drop_path=drop_path, **kwargs, **dd)
+        dd.update(drop_path=drop_path, norm_o=False, norm_v=nn.BatchNorm2d)
+        self.mrla = MrlaLight(dim, 32, norm_layer, 'pre', 'NLC', **dd)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        feat_size: tuple[int, int],
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, feat_size: tuple[int, int], **kwargs) -> torch.Tensor:
         x = o = self.norm1(x)
-        x = x + self.drop_path1(self.ls1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal)))
+        x = x + self.drop_path1(self.ls1(self.attn(x, **kwargs)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), feat_size)))
         return self.mrla(x, o, feat_size)
 
@@ -167,37 +113,23 @@ class Ceit(GridHost, VisionTransformer):
     def __init__(
         self,
         *args,
-        embed_dim: int = 192,
-        depth: int = 12,
         num_heads: int = 3,
-        class_token: bool = True,
         global_pool: str = 'token',
         weight_init: str = '',
         device=None,
         dtype=None,
         **kwargs,
     ) -> None:
-        if not class_token:
-            raise ValueError(f'class_token {class_token}: the layer-wise attention of CeiT reads it, use True')
-        _check_pool(global_pool)
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            *args,
-            global_pool=global_pool,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            weight_init='skip',
-            embed_layer=ImageToTokens,
-            block_fn=CeitBlock,
-            mlp_layer=LeFF,
-            **kwargs,
-            **dd,
-        )
+        _check_pool(global_pool)
+        layers = dict(embed_layer=ImageToTokens, block_fn=CeitBlock, mlp_layer=LeFF, weight_init='skip')
+        super().__init__(*args, num_heads=num_heads, global_pool=global_pool, **layers, **kwargs, **dd)
+        if self.cls_token is None:
+            raise ValueError('class_token False: the layer-wise attention of CeiT reads it, use True')
         if refusal := self.refusal(self):
             raise ValueError(refusal)
-        self.pos_layer_embed = nn.Parameter(torch.empty(1, depth, embed_dim, **dd))
-        self.lca = LayerwiseClassAttention(embed_dim, num_heads, qkv_bias=True, **dd)
+        self.pos_layer_embed = nn.Parameter(torch.empty(1, len(self.blocks), self.embed_dim, **dd))
+        self.lca = LayerwiseClassAttention(self.embed_dim, num_heads, qkv_bias=True, **dd)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
@@ -216,12 +148,7 @@ class Ceit(GridHost, VisionTransformer):
         _check_pool(global_pool)
         super().reset_classifier(num_classes, global_pool)
 
-    def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """timm's method of this name; the attention over layers goes with the head that reads it."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
@@ -266,31 +193,9 @@ def _ceit(pretrained: bool = False, **kwargs) -> Ceit:
     )
 
 
-_cfg = dict(
-    input_size=(3, 224, 224),
-    crop_pct=0.9,
-    interpolation='bicubic',
-    fixed_input_size=True,
-    first_conv='patch_embed.proj.conv',
-    classifier='head',
-)
+_cfg = dict(input_size=(3, 224, 224), crop_pct=0.9, interpolation='bicubic', fixed_input_size=True)
+_cfg.update(first_conv='patch_embed.proj.conv', classifier='head')
 
-default_cfgs = generate_default_cfgs({f'ceit_{size}_mrla': _cfg for size in ('tiny', 'small', 'base')})
-
-
-@register_model
-def ceit_tiny_mrla(pretrained: bool = False, **kwargs) -> Ceit:
-    """CeiT-tiny with MRLA-light."""
-    return build(_ceit, 'ceit_tiny_mrla', None, pretrained, **dict(dict(embed_dim=192, num_heads=3), **kwargs))
-
-
-@register_model
-def ceit_small_mrla(pretrained: bool = False, **kwargs) -> Ceit:
-    """CeiT-small with MRLA-light."""
-    return build(_ceit, 'ceit_small_mrla', None, pretrained, **dict(dict(embed_dim=384, num_heads=6), **kwargs))
-
-
-@register_model
-def ceit_base_mrla(pretrained: bool = False, **kwargs) -> Ceit:
-    """CeiT-base with MRLA-light."""
-    return build(_ceit, 'ceit_base_mrla', None, pretrained, **dict(dict(embed_dim=768, num_heads=12), **kwargs))
+for size, width in (('tiny', 192), ('small', 384), ('base', 768)):
+    entry, args = f'ceit_{size}_mrla', dict(embed_dim=width, num_heads=width // 64)
+    register_entry(__name__, entry, _ceit, None, {entry: _cfg}, f'CeiT-{size} with MrlaLight.', model_args=args)

@@ -3,8 +3,7 @@
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 blocks = {ConvNeXtBlock: Recipe('pre', 'norm', where=lambda block: isinstance(block.shortcut, nn.Identity))}
 register_entries(__name__, blocks)

@@ -3,8 +3,8 @@
 import torch
 from timm.models.davit import ChannelBlock, SpatialBlock
 
-from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._graft import LightBlock
+from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _TokenBlock(LightBlock):

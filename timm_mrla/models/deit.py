@@ -9,9 +9,9 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from timm_mrla.models._base import chain
-from timm_mrla.models._graft import BaseBlock, Recipe, View
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._graft import BaseBlock
+from timm_mrla.models._loops import View, with_memory
+from timm_mrla.models._registry import Recipe, register_entries
 from timm_mrla.models._transformer import GridHost
 
 
@@ -28,13 +28,12 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
 
     def call(self, feat_size: tuple[int, int]) -> View:
         """The transformer as a forward pass on a grid (H, W) sees it."""
-        blocks = chain(self.blocks, self.grad_checkpointing, self.mrla_stage_depth, feat_size)
+        blocks = with_memory(self.blocks, self.grad_checkpointing, self.mrla_stage_depth, feat_size)
         return View(self, blocks=blocks, grad_checkpointing=False)
 
 
-_sizes = ('tiny', 'small', 'base')
-_names = {f'deit_{size}_patch16_224': f'deit_{size}' for size in _sizes}
-_distilled = {f'deit_{size}_distilled_patch16_224': f'deit_{size}_distilled' for size in _sizes}
+_names = {f'{name}_patch16_224': name for name in ('deit_tiny', 'deit_small', 'deit_base')}
+_distilled = {f'{name}_distilled_patch16_224': f'{name}_distilled' for name in _names.values()}
 
 register_entries(__name__, {}, {**_names, **_distilled})  # the blocks are those of the vision transformer
 blocks = {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))}

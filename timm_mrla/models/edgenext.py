@@ -2,8 +2,7 @@
 
 from timm.models.edgenext import ConvBlock, SplitTransposeBlock
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 blocks = {
     ConvBlock: Recipe('pre', 'norm', where=lambda block: not block.shortcut_after_dw),

@@ -11,8 +11,7 @@ from functools import partial
 from timm.models import _efficientnet_blocks as timm_blocks  # not exported
 from torch import nn
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 _init_v = partial(nn.init.normal_, std=math.sqrt(2 / 9))
 _recipe = partial(Recipe, 'post', where=lambda block: block.has_skip, num_heads=8, init_v=_init_v)

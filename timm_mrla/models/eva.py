@@ -2,8 +2,7 @@
 
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 from timm_mrla.models._transformer import GridHost
 
 

@@ -5,8 +5,7 @@ from functools import partial
 from timm.models.maxxvit import ConvNeXtBlock, MaxxVitBlock, MbConvBlock, ParallelMaxxVitBlock, TransformerBlock2d
 from torch import nn
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 
 def _conv(block: nn.Module) -> nn.Module:

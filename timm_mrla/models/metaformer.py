@@ -3,9 +3,9 @@
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
-from timm_mrla.models._graft import Host, Recipe, View
-from timm_mrla.models._registry import register_entries
-from timm_mrla.models._transformer import with_grid
+from timm_mrla.models._graft import Host
+from timm_mrla.models._loops import View, with_grid
+from timm_mrla.models._registry import Recipe, register_entries
 
 
 class MrlaMetaFormerStage(Host, MetaFormerStage):

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
-from timm_mrla.models._base import chain
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe, View
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._graft import BaseBlock, Host, LightBlock
+from timm_mrla.models._loops import View, with_memory
+from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _LightBlock(LightBlock):
@@ -36,7 +36,7 @@ class MrlaBaseStage(Host, PyramidVisionTransformerStage):
     """timm's stage with MRLA-base."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        call = View(self, blocks=chain(self.blocks, self.grad_checkpointing), grad_checkpointing=False)
+        call = View(self, blocks=with_memory(self.blocks, self.grad_checkpointing), grad_checkpointing=False)
         return self.stock.forward(call, x)
 
 

@@ -5,8 +5,7 @@ from functools import partial
 from timm.models.regnet import Bottleneck, PreBottleneck
 from torch import nn
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 _recipe = partial(Recipe, 'post', where=lambda block: isinstance(block.downsample, nn.Identity))
 

@@ -12,9 +12,9 @@ import torch
 from timm.models import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from timm_mrla.models._base import chain
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe, View
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._graft import BaseBlock, Host, LightBlock
+from timm_mrla.models._loops import View, with_memory
+from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _ShortcutBlock(LightBlock):
@@ -22,8 +22,7 @@ class _ShortcutBlock(LightBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         o = x if self.downsample is None else self.downsample(x)
-        call = View(self, downsample=lambda x: o)
-        return self.mrla(self.stock.forward(call, x), o)
+        return self.mrla(self.stock.forward(View(self, downsample=lambda x: o), x), o)
 
 
 class MrlaBaseStage(nn.Sequential):
@@ -32,7 +31,7 @@ class MrlaBaseStage(nn.Sequential):
     grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return chain(self, self.grad_checkpointing)(x)
+        return with_memory(self, self.grad_checkpointing)(x)
 
 
 class MrlaBaseResNet(Host, ResNet):
@@ -70,5 +69,5 @@ register_entries(
     warm=False,  # the ReLU after the norm passes no gradient where the norm is at zero
     filter_fn=_authors_stages,
     model_args={'stem_type': 'deep', 'stem_width': 32},
-    first_conv='conv1.0',
+    cfg={'first_conv': 'conv1.0'},
 )

@@ -4,8 +4,7 @@ from functools import partial
 
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 _recipe = partial(Recipe, 'post', where=lambda block: block.downsample is None)
 

@@ -2,7 +2,6 @@
 
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 
 register_entries(__name__, {SwinTransformerV2Block: Recipe('pre', 'norm1', 'NHWC')})

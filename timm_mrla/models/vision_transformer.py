@@ -3,16 +3,9 @@
 from functools import partial
 
 from timm.models import VisionTransformer, VisionTransformerDistilled
-from timm.models.vision_transformer import (
-    Block,
-    DiffParallelScalingBlock,
-    ParallelScalingBlock,
-    ParallelThingsBlock,
-    ResPostBlock,
-)
+from timm.models import vision_transformer as vit
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_entries
+from timm_mrla.models._registry import Recipe, register_entries
 from timm_mrla.models._transformer import GridHost
 
 
@@ -27,10 +20,10 @@ class MrlaVisionTransformerDistilled(GridHost, VisionTransformerDistilled):
 _recipe = partial(Recipe, 'pre', layout='NLC', hosts=(MrlaVisionTransformer, MrlaVisionTransformerDistilled))
 
 blocks = {
-    Block: _recipe('norm1'),
-    ResPostBlock: _recipe('norm1'),
-    ParallelScalingBlock: _recipe('in_norm'),
-    DiffParallelScalingBlock: _recipe('in_norm'),
-    ParallelThingsBlock: _recipe('attns.0.norm'),
+    vit.Block: _recipe('norm1'),
+    vit.ResPostBlock: _recipe('norm1'),
+    vit.ParallelScalingBlock: _recipe('in_norm'),
+    vit.DiffParallelScalingBlock: _recipe('in_norm'),
+    vit.ParallelThingsBlock: _recipe('attns.0.norm'),
 }
 register_entries(__name__, blocks)
