@@ -1,12 +1,13 @@
-"""Two gloo processes under DistributedDataParallel against one process with the whole batch."""
+"""Two gloo processes, under DistributedDataParallel or sharded, against one process with the whole batch."""
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import timm_mrla  # noqa: F401
+from timm_mrla.hub import save_pretrained
 
 MODELS = {
     # norms over groups: BatchNorm sees the batch of its own process only
@@ -48,3 +49,35 @@ def test_gradients_are_those_of_the_whole_batch(name, checkpointing, tmp_path):
     model(images()).square().mean().backward()
     expected = {n: p.grad for n, p in model.named_parameters()}
     torch.testing.assert_close(torch.load(tmp_path / 'gradients.pth'), expected, rtol=1e-10, atol=1e-12)
+
+
+def train_sharded(rank, name, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    mesh = dist.init_device_mesh('cpu', (2,))
+    model = create(name)
+    for module in model.modules():
+        if hasattr(module, 'mrla'):
+            fully_shard(module.mrla.attn, mesh=mesh)
+            fully_shard(module.mrla, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(images()[2 * rank : 2 * rank + 2]).square().mean().backward()
+    gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(gradients, f'{folder}/gradients.pth')
+    save_pretrained(model, f'{folder}/model')
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'deit_tiny_mrlab'])
+def test_sharded_models_train_and_are_saved_whole(name, tmp_path):
+    """Also where single layers of layer attention are sharded by themselves."""
+    torch.multiprocessing.spawn(train_sharded, (name, str(tmp_path)), nprocs=2)
+    model = create(name)
+    expected = model.eval()(images())
+    model.train()(images()).square().mean().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    torch.testing.assert_close(torch.load(tmp_path / 'gradients.pth'), gradients, rtol=1e-10, atol=1e-12)
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, dtype=torch.float64).eval()
+    assert torch.equal(loaded(images()), expected)

@@ -16,6 +16,11 @@ from PIL import Image
 from test_timm import OF_THE_PAPER
 from timm.layers import to_ntuple
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from timm_mrla.cli import main
 from timm_mrla.hub import model_card, push_to_hub, save_pretrained
@@ -63,6 +68,68 @@ def test_arguments_that_timm_has_for_pretrained_models(name, hub, tmp_path):
     features = timm.create_model(f'hf-hub:{REPO}', pretrained=True, features_only=True).eval()
     expected, indices = model.forward_intermediates(x, intermediates_only=True), features.feature_info.out_indices
     assert all(torch.equal(y, expected[i]) for y, i in zip(features(x), indices, strict=True))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def checkpointed(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: hasattr(module, 'mrla'))
+    return model
+
+
+def with_a_compiled_stage(model):
+    model.layer2 = torch.compile(model.layer2)
+    return model
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda model: model.to(memory_format=torch.channels_last),
+        torch.compile,
+        with_a_compiled_stage,
+        ModelEmaV3,
+        AveragedModel,
+        DistributedDataParallel,
+        lambda model: torch.compile(DistributedDataParallel(model)),
+        lambda model: DistributedDataParallel(torch.compile(model)),
+        lambda model: ModelEmaV3(torch.compile(model)),
+        lambda model: fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (1,))),
+        checkpointed,
+    ],
+    ids=[
+        'channels_last',
+        'compile',
+        'stage',
+        'EMA',
+        'SWA',
+        'DDP',
+        'compile DDP',
+        'DDP compile',
+        'EMA compile',
+        'FSDP2',
+        'AC',
+    ],
+)
+def test_what_is_wrapped_around_a_model_is_seen_through(wrap, process_group, hub, tmp_path):
+    model = create('resnet18_mrla', num_classes=2)
+    names, x = [*model.state_dict()], torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    wrapped = wrap(model)
+    before = {name: (tensor.stride(), tensor.data_ptr()) for name, tensor in wrapped.state_dict().items()}
+    modules = [*wrapped.named_modules()]
+    save_pretrained(wrapped, tmp_path / 'model')
+    assert push_to_hub(wrapped, REPO) == f'{hub.url}/{REPO}'
+    assert [*wrapped.named_modules()] == modules
+    assert {name: (t.stride(), t.data_ptr()) for name, t in wrapped.state_dict().items()} == before
+    assert sorted(safetensors.torch.load_file(tmp_path / 'model' / 'model.safetensors')) == sorted(names)
+    for name in (f'local-dir:{tmp_path}/model', f'hf-hub:{REPO}'):
+        assert torch.equal(timm.create_model(name, pretrained=True).eval()(x), expected)
 
 
 def test_revisions(hub, tmp_path):

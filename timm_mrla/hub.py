@@ -10,14 +10,19 @@ import timm
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
 from timm.layers import to_ntuple
-from timm.models import get_pretrained_cfg, is_model, load_state_dict, model_entrypoint, save_for_hf
+from timm.models import clean_state_dict, get_pretrained_cfg, is_model, load_state_dict, model_entrypoint, save_for_hf
+from timm.utils import unwrap_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import timm_mrla.models
-from timm_mrla.layers import layer_attentions
+from timm_mrla.models._loops import View
 from timm_mrla.models._weights import convert_state_dict
 
 __all__ = ['check_model', 'check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_GATE = re.compile(r'\.mrla\.norm(_x)?\.')  # of these, all are zero until layer attention adds something
 
 
 def check_model(name: str) -> None:
@@ -88,6 +93,15 @@ def load_folder(folder: str) -> tuple[nn.Module, ModelCard | None]:
     return model, ModelCard.load(card) if os.path.exists(card) else None
 
 
+def _check_ours(model: nn.Module) -> None:
+    """Raises ValueError if a model is none of ours."""
+    architecture = model.pretrained_cfg['architecture']
+    if not model_entrypoint(architecture).__module__.startswith(timm_mrla.models.__name__):
+        raise ValueError(
+            f"{architecture!r} is no model of timm-mrla; timm's own push_to_hf_hub and save_for_hf are for it"
+        )
+
+
 def model_card(
     model: nn.Module,
     name: str,
@@ -111,6 +125,7 @@ def model_card(
     """
     if metrics and not datasets:
         raise ValueError(f'the metrics {metrics} need the dataset that they were measured on')
+    model = unwrap_model(model)
     architecture = model.pretrained_cfg['architecture']
     title = name.rpartition('/')[2].rpartition(':')[2]
     data = ModelCardData(
@@ -169,7 +184,9 @@ def save_pretrained(
 ) -> None:
     """Write a trained model to a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
-    The folder gets config.json, model.safetensors and README.md, or is not there.
+    The folder gets config.json, model.safetensors and README.md, or is not there. What compilation, averaging (EMA),
+    data parallelism or sharding (FSDP) wrap around the model is seen through. Of several processes only the first
+    writes; a sharded model is saved by all of them together.
 
     Args:
         model: A model that `timm.create_model` built.
@@ -183,12 +200,14 @@ def save_pretrained(
         OSError: It cannot be written.
     """
     check_new(folder)
-    architecture = model.pretrained_cfg['architecture']
-    if not model_entrypoint(architecture).__module__.startswith(timm_mrla.models.__name__):
-        raise ValueError(
-            f"{architecture!r} is no model of timm-mrla; timm's own push_to_hf_hub and save_for_hf are for it"
-        )
-    if not any(gate.any() for layer in layer_attentions(model).values() for gate in layer.gates()):
+    plain = unwrap_model(model)
+    _check_ours(plain)
+    state_dict = clean_state_dict(get_model_state_dict(model, options=_FULL))
+    state_dict.pop('n_averaged', None)  # of torch's AveragedModel
+    if not state_dict:  # the first process has it
+        return
+    state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+    if not any(tensor.any() for name, tensor in state_dict.items() if _GATE.search(name)):
         raise ValueError(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
         )
@@ -199,7 +218,8 @@ def save_pretrained(
         with tempfile.TemporaryDirectory(dir=parent) as tmp:
             out = os.path.join(tmp, 'model')
             requires = {'requires': ['timm_mrla']}
-            save_for_hf(model, out, model_config=requires, data_config=data_config, safe_serialization=True)
+            view = View(plain, state_dict=lambda: state_dict)
+            save_for_hf(view, out, model_config=requires, data_config=data_config, safe_serialization=True)
             card.save(os.path.join(out, 'README.md'))
             os.rename(out, folder)
     except (OSError, SafetensorError) as e:
@@ -238,16 +258,19 @@ def push_to_hub(
         raise ValueError(f"{repo_id!r} does not say whose repository it is: 'user/{repo_id}'")
     card = card or model_card(model, f'hf-hub:{repo_id}')
     card.content = re.sub(r'local-dir:[^\'"`]+', f'hf-hub:{repo_id}', card.content)
+    api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
+    address = f'{api.endpoint}/{repo_id}'
     with tempfile.TemporaryDirectory() as tmp:
         folder = os.path.join(tmp, 'model')
         save_pretrained(model, folder, card)
-        api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
+        if not os.path.exists(folder):  # this is not the first process
+            return address
         try:
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.create_repo(repo_id, private=private, exist_ok=True)
             ignore = ['README.md'] if api.file_exists(repo_id, 'README.md') else None
             api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=ignore
             )
         except Exception as e:  # among them those of the HTTP library, which changes with the client's version
             raise RuntimeError(f'{repo_id} cannot be pushed: {e}') from e
-    return str(repo)
+    return address

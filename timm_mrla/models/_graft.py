@@ -59,7 +59,8 @@ class Host:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.stock = cls.__bases__[-1]
+        if not hasattr(cls, 'stock') and not issubclass(cls.__bases__[-1], Host):  # others make subclasses too: FSDP
+            cls.stock = cls.__bases__[-1]
 
     @classmethod
     def adopt(cls, module: nn.Module) -> None:
@@ -124,7 +125,8 @@ class _Block:
     @classmethod
     def host_of(cls, owner: nn.Module) -> type[Host] | None:
         """The host that a module is or can become."""
-        return next((host for host in cls.recipe.hosts if type(owner) in (host, host.stock)), None)
+        hosts = cls.recipe.hosts
+        return next((host for host in hosts if isinstance(owner, host) or type(owner) is host.stock), None)
 
     @classmethod
     def site(cls, name: str, block: nn.Module, owner: nn.Module, entry: str) -> Site:
@@ -260,7 +262,7 @@ def graft(
         if identity:
             mrla.zero_gates()
         host = cls.host_of(owner)
-        if host and type(owner) is not host:
+        if host and not isinstance(owner, host):
             host.adopt(owner, **host_args)
     if host_args and not host:
         raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')
