@@ -14,8 +14,12 @@ import torch
 from huggingface_hub import ModelCard
 from test_parity import MODELS, reference
 from test_parity import convert as converted
+from timm.layers import resample_abs_pos_embed
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.optim.swa_utils import AveragedModel
 
 from timm_mrla.cli import main
+from timm_mrla.hub import load_checkpoint
 
 
 @pytest.fixture
@@ -57,7 +61,8 @@ def test_checkpoints_of_the_authors(name, wrapper, convert):
     _, state_dict, _ = reference(name)
     entry = MODELS[name]
     torch.save(wrap(wrapper, state_dict), 'checkpoint.pth')
-    assert convert('checkpoint.pth', '--model', entry, '--out', 'models/out') is None
+    size = ['--model-kwargs', 'img_size=224'] if 'pos_embed' in state_dict else []
+    assert convert('checkpoint.pth', '--model', entry, '--out', 'models/out', *size) is None
     assert os.listdir('models') == ['out']
     assert sorted(os.listdir('models/out')) == ['README.md', 'config.json', 'model.safetensors']
     model = timm.create_model('local-dir:models/out', pretrained=True)
@@ -103,11 +108,69 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(convert):
     )
     message = convert('resnet18.pth', '--model', 'resnet34_mrla', '--out', 'out')
     assert 'lacks layer1.2.conv1.weight' in message
-    message = convert('deit64.pth', '--model', 'deit_tiny_mrla', '--out', 'out')
+    message = convert('deit64.pth', '--model', 'deit_tiny_mrla', '--out', 'out', '--model-kwargs', 'img_size=224')
     assert 'pos_embed is (1, 17, 192) and not (1, 197, 192); give the img_size' in message
     assert 'lacks layer1.0.mrla.lam' in convert('plain.pth', '--model', 'resnet18_mrla', '--out', 'out')
     warm = 'resnet18_mrla.warmstart_a1_in1k'
     assert 'train it first' in convert('plain.pth', '--model', warm, '--out', 'out')
+
+
+WRAPPERS = [
+    '',
+    'model.',
+    'net.backbone.',
+    '_orig_mod.',
+    'module._orig_mod.',
+    '_orig_mod.module.',
+    'model._orig_mod.module.',
+]
+
+
+@pytest.mark.parametrize('prefix', WRAPPERS)
+@pytest.mark.parametrize('key', ['', 'state_dict', 'model', 'model_ema', 'state_dict_ema'])
+def test_a_prefix_that_all_names_have_is_dropped(prefix, key, tmp_path):
+    state_dict = timm.create_model('resnet18_mrla', num_classes=2).state_dict()
+    wrapped = {f'{prefix}{name}': tensor for name, tensor in state_dict.items()}
+    torch.save({key: wrapped, 'epoch': 3} if key else wrapped, tmp_path / 'last.pth')
+    loaded = load_checkpoint(str(tmp_path / 'last.pth'), 'resnet18_mrla').state_dict()
+    assert [*loaded] == [*state_dict]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
+
+
+def test_names_that_wrappers_have_inside(tmp_path):
+    model = timm.create_model('resnet18_mrla', num_classes=2)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    apply_activation_checkpointing(model, check_fn=lambda module: hasattr(module, 'mrla'))
+    model.layer3 = torch.compile(model.layer3)
+    torch.save(AveragedModel(model).state_dict(), tmp_path / 'last.pth')
+    loaded = load_checkpoint(str(tmp_path / 'last.pth'), 'resnet18_mrla').state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_prefix_that_not_all_names_have(convert):
+    """As Lightning writes them, for a loss that has parameters too."""
+    state_dict = timm.create_model('resnet18_mrla').state_dict()
+    torch.save({'loss.scale': torch.ones(1), **{f'model.{k}': v for k, v in state_dict.items()}}, 'last.ckpt')
+    message = convert('last.ckpt', '--model', 'resnet18_mrla', '--out', 'out')
+    assert 'the model has no loss.scale, model.conv1.weight, ' in message
+    assert message.endswith('no name fits: a prefix is dropped only if all names have it')
+
+
+def test_the_grid_of_a_position_embedding_is_told(convert):
+    """7 x 28 patches of 16 pixels are as many as 14 x 14, the entry's own, and 8 x 32 of 14 as many as 16 x 16."""
+    for name in ('deit_tiny_mrla', 'vit_tiny_patch16_224_mrla', 'ceit_tiny_mrla', 'eva02_tiny_patch14_224_mrla'):
+        size = (112, 448)
+        model = timm.create_model(name, img_size=size, num_classes=2, depth=2).eval()
+        torch.save(model.state_dict(), 'last.pth')
+        assert 'give the img_size' in convert('last.pth', '--model', name, '--out', 'out')
+        kwargs = ['--model-kwargs', f'img_size={size}'.replace(' ', ''), 'depth=2']
+        assert convert('last.pth', '--model', name, '--out', name, *kwargs) is None
+        x = torch.randn(1, 3, *size)
+        assert torch.equal(timm.create_model(f'local-dir:{name}', pretrained=True).eval()(x), model(x))
+        other = timm.create_model(f'local-dir:{name}', pretrained=True, img_size=224)
+        grid, embed = model.patch_embed.grid_size, model.pos_embed
+        expected = resample_abs_pos_embed(embed, other.patch_embed.grid_size, grid, model.num_prefix_tokens)
+        assert torch.equal(other.pos_embed, expected) and expected.shape == embed.shape
 
 
 class Pickle:

@@ -1,5 +1,6 @@
 """What is recomputed in backward is what would have been saved: outputs, gradients and running statistics."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -8,6 +9,12 @@ import torch
 from memory import saved_bytes
 from timm.layers import LayerNorm2d
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 import timm_mrla  # noqa: F401
 from timm_mrla.layers import MrlaBase, MrlaLight
@@ -165,3 +172,20 @@ def test_what_is_saved(name, plain):
     ours = saved_bytes(model, x)
     maps.pop()  # nothing reads the output of the last block again
     assert ours == saved_bytes(timm.create_model('resnet18', **plain), x) + sum(y.nbytes for y in maps)
+
+
+@pytest.mark.parametrize('impl', CheckpointImpl)
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'pvt_v2_b0_mrlab'])
+def test_torchs_own_checkpointing_of_blocks_gives_the_same_gradients(name, impl):
+    """Also the reentrant one, to which tensors that are nested in a list are invisible."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, dtype=torch.float64)
+    wrapped = copy.deepcopy(model)
+    wrapper = partial(checkpoint_wrapper, checkpoint_impl=impl)
+    apply_activation_checkpointing(wrapped, wrapper, check_fn=lambda module: hasattr(module, 'mrla'))
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    for net in (model, wrapped):
+        net(x).square().sum().backward()
+    assert any(isinstance(module, CheckpointWrapper) for module in wrapped.modules())
+    for expected, actual in zip(model.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-12)

@@ -23,7 +23,7 @@ class LayerAttention(dict[str, torch.Tensor]):
         self.heads: dict[str, int] = {}
 
 
-def _by_block(model: nn.Module) -> dict[str, nn.Module]:
+def by_block(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attentions by the blocks that hold them, or by their own names where one module holds several."""
     if any(isinstance(module, InferenceLight | InferenceBase) for module in model.modules()):
         raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
@@ -35,6 +35,14 @@ def _by_block(model: nn.Module) -> dict[str, nn.Module]:
     holders = {name: name.rpartition('.')[0] for name in found}
     count = Counter(filter(None, holders.values()))
     return {holders[name] if count[holders[name]] == 1 else name: m for name, m in found.items()}
+
+
+def find(model: nn.Module, block: str) -> nn.Module:
+    """The layer attention of a block."""
+    attentions = by_block(model)
+    if block not in attentions:
+        raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(attentions)}')
+    return attentions[block]
 
 
 def _run(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]) -> None:
@@ -95,7 +103,7 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
     def record(block: str, mrla: nn.Module) -> Callable[..., None]:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
-    attentions = _by_block(model)
+    attentions = by_block(model)
     _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
 
     stages, last_place = [], None
@@ -142,9 +150,7 @@ def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[to
     Raises:
         ValueError: As in `layer_attention`, or there is no layer attention in such a block.
     """
-    attentions = _by_block(model)
-    if block not in attentions:
-        raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(attentions)}')
+    mrla = find(model, block)
     maps = []
 
     def record(mrla: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor | tuple) -> None:
@@ -152,6 +158,6 @@ def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[to
         for x in (call['x'], out[0] if isinstance(out, tuple) else out):
             maps.append(_copy(to_map(x, mrla.layout, call.get('feat_size'))[0]))
 
-    _run(model, images, {attentions[block]: record})
+    _run(model, images, {mrla: record})
     before, after = maps
     return before, after

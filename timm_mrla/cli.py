@@ -45,29 +45,36 @@ On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with ti
 
 def _metadata(args: argparse.Namespace) -> dict[str, object]:
     """Arguments of `model_card`."""
+    from timm_mrla.hub import check_metrics
+
     metrics = dict(args.metric)
+    check_metrics(metrics, args.dataset)
     return dict(license=args.license, datasets=args.dataset, base_model=args.base_model, metrics=metrics)
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from timm_mrla.hub import check_new, load_checkpoint, model_card, save_pretrained
+    from timm_mrla.hub import check_new, check_ours, load_checkpoint, model_card, save_pretrained
 
     check_new(args.out)
+    check_ours(args.model)
+    metadata = _metadata(args)
     model = load_checkpoint(args.checkpoint, args.model, **dict(args.model_kwargs))
     name = f'local-dir:{args.out}'
-    save_pretrained(model, args.out, model_card(model, name, **_metadata(args)))
+    save_pretrained(model, args.out, model_card(model, name, **metadata))
     print(f"{args.model} with {model.num_classes} classes: timm.create_model('{name}', pretrained=True)")
 
 
 def _push(args: argparse.Namespace) -> None:
-    from timm_mrla.hub import load_checkpoint, load_folder, model_card, push_to_hub
+    from timm_mrla.hub import check_ours, check_repo, load_checkpoint, load_folder, model_card, push_to_hub
 
+    check_repo(args.repo)
     metadata, card = _metadata(args), None
     if os.path.isdir(args.source):
         model, card = load_folder(args.source)
         if card and any(metadata.values()):
             raise ValueError(f'{args.source!r} has a model card, README.md: write its licence, data and results there')
     elif args.model:
+        check_ours(args.model)
         model = load_checkpoint(args.source, args.model, **dict(args.model_kwargs))
     else:
         raise ValueError(f'{args.source!r} is no folder; for a checkpoint, say what it is of: --model NAME')
@@ -89,6 +96,7 @@ def _attention(args: argparse.Namespace) -> None:
         heads=args.heads,
         features=args.features,
         npz=args.npz,
+        **dict(args.model_kwargs),
     )
 
 
@@ -110,8 +118,8 @@ def main() -> None:
     demo.add_argument('--epochs', type=int, default=12, help='epochs of training (default: %(default)s)')
     demo.set_defaults(fn=_demo)
 
-    card = argparse.ArgumentParser(add_help=False)
-    card.add_argument(
+    kwargs = argparse.ArgumentParser(add_help=False)
+    kwargs.add_argument(
         '--model-kwargs',
         type=_argument,
         nargs='*',
@@ -119,6 +127,7 @@ def main() -> None:
         metavar='NAME=VALUE',
         help='arguments that the model was trained with, such as img_size=384',
     )
+    card = argparse.ArgumentParser(add_help=False, parents=[kwargs])
     card.add_argument('--license', help='licence of the weights, for the model card: apache-2.0, ...')
     card.add_argument('--dataset', nargs='*', metavar='NAME', help='what it was trained on: imagenet-1k, ...')
     card.add_argument('--base-model', metavar='USER/REPO', help='the model that it was trained from')
@@ -144,7 +153,9 @@ def main() -> None:
     push.add_argument('--private', action='store_true', default=None, help='make a new repository a private one')
     push.set_defaults(fn=_push)
 
-    attention = commands.add_parser('attention', help='draw what the blocks of a model retrieve from each other')
+    attention = commands.add_parser(
+        'attention', parents=[kwargs], help='draw what the blocks of a model retrieve from each other'
+    )
     attention.add_argument('model', help="name of the model, also 'local-dir:FOLDER'")
     attention.add_argument('images', nargs='+', metavar='IMAGE', help='path of an image; several stand side by side')
     attention.add_argument('--out', default='attention.png', help='picture to write (default: %(default)s)')

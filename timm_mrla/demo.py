@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import trange
 
-from timm_mrla.hub import check_model, check_new, save_pretrained
+from timm_mrla.hub import check_new, check_ours, save_pretrained
 
 __all__ = ['test_digits', 'train_digits']
 
@@ -46,7 +46,7 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
     """Train a model on 80 % of the digits and write it to a folder that `timm.create_model('local-dir:...')` loads.
 
     Args:
-        model_name: A model of timm's registry.
+        model_name: A model with layer attention.
         out: The folder, which must not exist yet.
         epochs: Epochs of training.
 
@@ -57,7 +57,7 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
         ValueError: There is no such model, or less than one epoch is asked for.
         FileExistsError: The folder exists.
     """
-    check_model(model_name)
+    check_ours(model_name)
     if epochs < 1:
         raise ValueError(f'{epochs} epochs are less than 1')
     check_new(out)
@@ -66,7 +66,10 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
     torch.manual_seed(0)
     # tokens of 8x8 pixels: 16x16 would leave four of them
     size_args = {'img_size': 32, 'patch_size': 8} if get_pretrained_cfg(model_name).fixed_input_size else {}
-    model = timm.create_model(model_name, in_chans=1, num_classes=10, **size_args)
+    try:
+        model = timm.create_model(model_name, in_chans=1, num_classes=10, **size_args)
+    except TypeError as e:
+        raise ValueError(f'{model_name} cannot be built for images of 32 x 32 pixels: {e}') from e
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-5)
     loss_fn = LabelSmoothingCrossEntropy(0.1)

@@ -8,9 +8,10 @@ from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from timm.layers import to_ntuple
-from timm.models import clean_state_dict, get_pretrained_cfg, is_model, load_state_dict, model_entrypoint, save_for_hf
+from timm.layers import to_2tuple, to_ntuple
+from timm.models import get_pretrained_cfg, is_model, load_state_dict, model_entrypoint, save_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,10 +20,10 @@ import timm_mrla.models
 from timm_mrla.models._loops import View
 from timm_mrla.models._weights import convert_state_dict
 
-__all__ = ['check_model', 'check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
+__all__ = ['load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_GATE = re.compile(r'\.mrla\.norm(_x)?\.')  # of these, all are zero until layer attention adds something
+_GATE = re.compile(r'\.mrla\.norm(_x)?\.(weight|bias)$')  # of these, all are zero until layer attention adds something
 
 
 def check_model(name: str) -> None:
@@ -31,10 +32,42 @@ def check_model(name: str) -> None:
         raise ValueError(f"there is no model {name!r}; timm.list_models('*_mrla*') lists those with layer attention")
 
 
+def check_ours(name: str) -> None:
+    """Raises ValueError if a name is that of no model of this package."""
+    check_model(name)
+    if not model_entrypoint(name.partition('.')[0]).__module__.startswith(timm_mrla.models.__name__):
+        raise ValueError(
+            f"{name!r} is no model of timm-mrla; timm.list_models('*_mrla*') lists those, and timm's own "
+            'push_to_hf_hub and save_for_hf are for others'
+        )
+
+
+def check_file(path: str) -> None:
+    """Raises ValueError if there is no such checkpoint."""
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no checkpoint {path!r}')
+
+
 def check_new(folder: str | os.PathLike) -> None:
-    """Raises FileExistsError if a folder exists."""
+    """Raises FileExistsError if a folder exists, and another OSError if it cannot be made."""
     if os.path.lexists(folder):
         raise FileExistsError(f'{str(folder)!r} exists; remove it or name another folder')
+    parent = next(parent for parent in Path(folder).absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f'{str(folder)!r} cannot be made: {str(parent)!r} is no folder that can be written to')
+
+
+def check_repo(repo_id: str) -> None:
+    """Raises ValueError if an identifier is that of no repository."""
+    if '/' not in repo_id:
+        raise ValueError(f"{repo_id!r} does not say whose repository it is: 'user/{repo_id}'")
+    validate_repo_id(repo_id)
+
+
+def check_metrics(metrics: dict[str, float] | None, datasets: list[str] | None) -> None:
+    """Raises ValueError if there are results on no dataset."""
+    if metrics and not datasets:
+        raise ValueError(f'the metrics {metrics} need the dataset that they were measured on')
 
 
 def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
@@ -49,21 +82,27 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
             among them: it is the checkpoint's.
 
     Raises:
-        ValueError: There is no such model or file, the file holds more than weights, or it does not fit.
+        ValueError: There is no such model or file, the file holds more than weights, or it does not fit; or it embeds
+            positions on a grid, and no img_size says on which, since 8 x 18 are as many as 12 x 12.
     """
     check_model(model_name)
-    if not os.path.isfile(path):
-        raise ValueError(f'there is no checkpoint {path!r}')
+    check_file(path)
     try:
         state_dict = convert_state_dict(load_state_dict(path))
     except Exception as e:  # whatever a file may hold
         reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
         raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
 
+    if 'img_size' not in model_kwargs and getattr(state_dict.get('pos_embed'), 'ndim', 0) == 3:
+        raise ValueError(
+            f'{path!r} does not say for which size its pos_embed is; give the img_size, such as img_size=224'
+        )
     classifier = to_ntuple(1)(get_pretrained_cfg(model_name).classifier)[0]
     if f'{classifier}.weight' in state_dict:
         model_kwargs.setdefault('num_classes', len(state_dict[f'{classifier}.weight']))
     overlay = {'state_dict': state_dict, 'num_classes': model_kwargs.get('num_classes', 1000)}
+    if 'img_size' in model_kwargs:  # from which timm infers the grid that is in the checkpoint
+        overlay['input_size'] = (3, *to_2tuple(model_kwargs['img_size']))
     try:
         model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_kwargs)
     except TypeError as e:
@@ -93,15 +132,6 @@ def load_folder(folder: str) -> tuple[nn.Module, ModelCard | None]:
     return model, ModelCard.load(card) if os.path.exists(card) else None
 
 
-def _check_ours(model: nn.Module) -> None:
-    """Raises ValueError if a model is none of ours."""
-    architecture = model.pretrained_cfg['architecture']
-    if not model_entrypoint(architecture).__module__.startswith(timm_mrla.models.__name__):
-        raise ValueError(
-            f"{architecture!r} is no model of timm-mrla; timm's own push_to_hf_hub and save_for_hf are for it"
-        )
-
-
 def model_card(
     model: nn.Module,
     name: str,
@@ -123,8 +153,7 @@ def model_card(
     Raises:
         ValueError: There are metrics and no dataset.
     """
-    if metrics and not datasets:
-        raise ValueError(f'the metrics {metrics} need the dataset that they were measured on')
+    check_metrics(metrics, datasets)
     model = unwrap_model(model)
     architecture = model.pretrained_cfg['architecture']
     title = name.rpartition('/')[2].rpartition(':')[2]
@@ -201,9 +230,8 @@ def save_pretrained(
     """
     check_new(folder)
     plain = unwrap_model(model)
-    _check_ours(plain)
-    state_dict = clean_state_dict(get_model_state_dict(model, options=_FULL))
-    state_dict.pop('n_averaged', None)  # of torch's AveragedModel
+    check_ours(plain.pretrained_cfg['architecture'])
+    state_dict = convert_state_dict(get_model_state_dict(model, options=_FULL))
     if not state_dict:  # the first process has it
         return
     state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
@@ -254,8 +282,7 @@ def push_to_hub(
         ValueError: The model has no layer attention of ours, or one that was never trained; repo_id has no owner.
         RuntimeError: The Hub cannot be reached, or refuses.
     """
-    if '/' not in repo_id:
-        raise ValueError(f"{repo_id!r} does not say whose repository it is: 'user/{repo_id}'")
+    check_repo(repo_id)
     card = card or model_card(model, f'hf-hub:{repo_id}')
     card.content = re.sub(r'local-dir:[^\'"`]+', f'hf-hub:{repo_id}', card.content)
     api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)

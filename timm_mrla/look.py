@@ -11,16 +11,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_mrla.attention import feature_maps, layer_attention
-from timm_mrla.hub import check_model, load_checkpoint
+from timm_mrla.attention import by_block, feature_maps, find, layer_attention
+from timm_mrla.hub import check_file, check_model, load_checkpoint
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
 __all__ = ['look']
 
 
-def _open(path: str, mode: str) -> Image.Image:
+def _open(path: str) -> Image.Image:
     try:
-        return Image.open(path).convert(mode)
+        image = Image.open(path)
+        image.load()
+        return image
     except FileNotFoundError:
         raise FileNotFoundError(f'there is no image {path!r}') from None
     except OSError as e:
@@ -36,6 +38,7 @@ def look(
     heads: bool = False,
     features: str | None = None,
     npz: bool = False,
+    **model_kwargs,
 ) -> None:
     """Draw the layer attention of a model, each checkpoint's and each image's side by side.
 
@@ -49,6 +52,7 @@ def look(
         features: Name of a block whose maps before and after layer attention are drawn instead.
         npz: Write the numbers too, next to the picture: the arrays of `layer_attention` by stage or those of
             `feature_maps` as `before` and `after`, in the order in which the picture has them from left to right.
+        **model_kwargs: Arguments of `timm.create_model`, those that the checkpoints were trained with.
 
     Raises:
         ValueError: There is no such model or block, or a file is not what it should be.
@@ -58,19 +62,27 @@ def look(
     out = Path(out)
     if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
         raise ValueError(f"{str(out)!r} does not end like a picture; '.png' does")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f'there is no folder {str(out.parent)!r} to write to')
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OSError(f'there is no folder {str(out.parent)!r} that can be written to')
+    for path in checkpoints or []:
+        check_file(path)
+    opened = [_open(image) for image in images]
 
     if ':' not in model:  # else timm finds out what model it is in a folder or repository
         check_model(model)
+    skeleton = timm.create_model(model, device='meta', **model_kwargs)
+    find(skeleton, features) if features else by_block(skeleton)
 
     found, titles = [], []
     for checkpoint in checkpoints or [None]:
-        net = load_checkpoint(checkpoint, model) if checkpoint else timm.create_model(model, pretrained=pretrained)
+        if checkpoint:
+            net = load_checkpoint(checkpoint, model, **model_kwargs)
+        else:
+            net = timm.create_model(model, pretrained=pretrained, **model_kwargs)
         data_config = resolve_model_data_config(net)
         transform = create_transform(**data_config)
         mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
-        batch = torch.stack([transform(_open(image, mode)) for image in images])
+        batch = torch.stack([transform(image.convert(mode)) for image in opened])
         found.append(feature_maps(net, batch, features) if features else layer_attention(net, batch))
         weights = checkpoint or (model if pretrained else 'random weights')
         titles += [f'{image}, {weights}' for image in images]

@@ -106,26 +106,15 @@ class MrlaLight(_LayerAttention):
 
     weights_layer = LightWeights
 
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int,
-        norm_layer: Norm,
-        *args,
-        norm_o: bool = True,
-        norm_v: Norm | None = None,
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
+    def __init__(self, dim: int, dim_head: int, norm_layer: Norm, *args, norm_o=True, norm_v=None, **kwargs) -> None:
         """
         Args:
             norm_o: In the form `pre`, norm o before it is read.
             norm_v: Norm of the value, a map.
             dim, dim_head, norm_layer, *args, **kwargs: As in MRLA-base.
         """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, dim_head, norm_layer, *args, **kwargs, **dd)
+        super().__init__(dim, dim_head, norm_layer, *args, **kwargs)
+        dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
         self.norm_o = norm_layer(dim, **dd) if self.form == 'pre' and norm_o else nn.Identity()
         self.norm_v = norm_v(dim, **dd) if norm_v else nn.Identity()
         self.act_v = nn.GELU() if self.form == 'pre' else nn.Identity()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 from timm.layers import to_ntuple
-from timm.models import PretrainedCfg, clean_state_dict
+from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
@@ -29,6 +29,10 @@ _AUTHORS_NAMES = (
     (r'\.(mrla|mla)\.Wv\.', '.v.'),
     (r'\.(mrla|mla)\.bn_v\.', '.norm_v.'),
 )
+
+
+# what torch's wrappers put into names, beside the prefix that all have
+_WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 
 
 def without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
@@ -108,9 +112,10 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
         'the model has no ': [name for name in theirs if name not in ours],
         '': [f'its {name} is {theirs[name]} and the model has {ours[name]}' for name in differing],
     }
+    hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
     more = {what: f' and {len(names) - 5} more' if len(names) > 5 else '' for what, names in problems.items() if names}
     if more:
-        raise RuntimeError('; '.join(what + ', '.join(problems[what][:5]) + rest for what, rest in more.items()))
+        raise RuntimeError('; '.join(what + ', '.join(problems[what][:5]) + rest for what, rest in more.items()) + hint)
     if warm:
         _logger.warning(
             f'{cfg.architecture} starts from the plain backbone of {source_of(cfg)}: its layer attention is untrained '
@@ -122,10 +127,13 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
 def convert_state_dict(state_dict: StateDict) -> StateDict:
     """Give a checkpoint of the authors' code our names; our own passes unchanged.
 
-    It is bare or under `state_dict` or `model`, with or without the prefixes of DistributedDataParallel and
-    torch.compile.
+    It is bare or under `state_dict` or `model`. Prefixes of torch's wrappers, and one that all names have, are dropped.
     """
-    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict.get('model', state_dict)))
+    state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))
+    # AveragedModel has a counter beside the model
+    state_dict = {_WRAPPERS.sub('', name): tensor for name, tensor in state_dict.items() if name != 'n_averaged'}
+    while len({name.partition('.')[0] for name in state_dict}) == 1 and all('.' in name for name in state_dict):
+        state_dict = {name.partition('.')[2]: tensor for name, tensor in state_dict.items()}
     out = {}
     for name, tensor in state_dict.items():
         for pattern, replacement in _AUTHORS_NAMES:

@@ -13,8 +13,9 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
-from timm.layers import LayerNorm, PatchEmbed, to_2tuple, trunc_normal_
+from timm.layers import LayerNorm, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import VisionTransformer, build_model_with_cfg
+from timm.models._input import get_pretrained_grid_size  # not exported
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
@@ -183,6 +184,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
     for pattern, ours in ((r'^i2t\.(backbone\.)?', 'patch_embed.proj.'), (r'\.(leff|feedforward)\.', '.mlp.')):
         state_dict = {re.sub(pattern, ours, name): tensor for name, tensor in state_dict.items()}
+    stem, pos_embed = model.patch_embed, state_dict['pos_embed']
+    # timm reads the grid of a checkpoint from a patch kernel
+    grid = get_pretrained_grid_size(model, torch.empty(1, 1, *stem.patch_size, device='meta'), pos_embed.shape[1] - 1)
+    state_dict['pos_embed'] = resample_abs_pos_embed(pos_embed, stem.grid_size, grid)
     return vit_checkpoint_filter_fn(state_dict, model)
 
 

@@ -1,5 +1,7 @@
 """MetaFormer, PoolFormer among them, with MRLA-light. CAFormer's last two stages are tokens."""
 
+from functools import partial
+
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
@@ -19,8 +21,5 @@ class MrlaMetaFormerStage(Host, MetaFormerStage):
         return self.stock.forward(call, x)
 
 
-def _layout(block: nn.Module) -> str:
-    return 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC'
-
-
-register_entries(__name__, {MetaFormerBlock: Recipe('pre', 'norm1', _layout, hosts=(MrlaMetaFormerStage,))})
+_recipe = partial(Recipe, layout=lambda block: 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC')
+register_entries(__name__, {MetaFormerBlock: _recipe('pre', 'norm1', hosts=(MrlaMetaFormerStage,))})
