@@ -385,6 +385,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(2)
     model = timm.create_model('deit_tiny_mrla', img_size=32, patch_size=8, in_chans=1, depth=3, num_classes=2)
     save_for_hf(model, folder / 'deit', data_config={'input_size': (1, 32, 32), 'mean': (0.5,), 'std': (0.5,)})
+    torch.save(timm.create_model('deit_tiny_mrla', depth=2).state_dict(), folder / 'deit.pth')
+    (folder / 'folder.png').mkdir()
     (folder / 'text.png').write_text('no image')
     (folder / 'text.pth').write_text('no checkpoint')
     return folder
@@ -464,6 +466,10 @@ def test_command_draws_feature_maps(folder, tmp_path):
         ),
         (['resnet18_mrla', 'one.png', '--features', 'layer9'], "'layer9'; it is in layer1.0, layer1.1, layer2.0"),
         (['resnet18_mrla', 'one.png', '--out', 'nowhere/a.png'], "no folder 'nowhere'"),
+        (['resnet18_mrla', 'one.png', '--out', 'folder.png'], "'folder.png' is a folder"),
+        (['resnet18', 'one.png', '--pretrained'], 'ResNet has no layer attention'),
+        (['deit_tiny_mrla', 'one.png', '--checkpoint', 'deit.pth'], 'give the img_size'),
+        (['deit_tiny_mrla', 'one.png', '--model-kwargs', 'foo=1'], "deit_tiny_mrla cannot be built with {'foo': 1}"),
         (['resnet18_mrla', 'one.png', '--out', 'a.picture'], "'a.picture' does not end like a picture"),
     ],
 )

@@ -197,10 +197,14 @@ def test_mistakes_in_the_command(convert):
     os.mkdir('taken')
     assert "'taken' exists" in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'taken')
     assert "no model 'resnet19_mrla'" in convert('last.pth', '--model', 'resnet19_mrla', '--out', 'out')
+    # these before the checkpoint is read, which none of them is
+    Path('text.pth').write_text('hello')
+    assert "'last.pth/out' cannot be made" in convert('text.pth', '--model', 'resnet18_mrla', '--out', 'last.pth/out')
+    assert "'resnet18' is no model of timm-mrla" in convert('text.pth', '--model', 'resnet18', '--out', 'out')
+    assert 'dataset' in convert('text.pth', '--model', 'resnet18_mrla', '--out', 'out', '--metric', 'accuracy=0.7')
     assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla.foo', '--out', 'out')
     assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo=1')
     assert 'name=value' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo')
-    assert 'dataset' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--metric', 'accuracy=0.7')
 
 
 def test_a_full_disk(tmp_path):

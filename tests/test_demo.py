@@ -55,13 +55,20 @@ def test_another_entry(tmp_path):
         (['--model', 'resnet19_mrla'], "no model 'resnet19_mrla'"),
         (['--epochs', '0'], '0 epochs'),
         (['--out', 'taken'], "'taken' exists"),
+        (['--out', 'file/out'], "'file/out' cannot be made"),
+        (['--model', 'resnet18'], "'resnet18' is no model of timm-mrla"),
+        (
+            ['--model', 'maxvit_tiny_tf_224_mrla'],
+            'maxvit_tiny_tf_224_mrla cannot be built for images of 32 x 32 pixels',
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkeypatch, capsys):
     (tmp_path / 'taken').mkdir()
+    (tmp_path / 'file').touch()
     monkeypatch.chdir(tmp_path)
     assert message in refusal(args, monkeypatch, capsys)
-    assert [p.name for p in tmp_path.rglob('*')] == ['taken']
+    assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'taken']
 
 
 @pytest.mark.parametrize('module', ['sklearn', 'tqdm'])

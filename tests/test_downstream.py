@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw
 from readme import recipe
 from torch import nn
 
+from timm_mrla.hub import load_checkpoint
+from timm_mrla.layers import layer_attentions
+
 pytestmark = pytest.mark.downstream
 BACKBONES = ['resnet50_mrla', 'resnet50_mrlab', 'pvt_v2_b0_mrla', 'efficientnet_b0_mrla']
 backbones = pytest.mark.parametrize('name', BACKBONES)
@@ -240,6 +243,58 @@ def test_fastai(images):
     assert_layer_attention_learns(learner.model, learner.loss_func(learner.model(x), y))
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'vit_tiny_patch16_224', 'convnext_atto'])
+def test_peft(name, tmp_path, monkeypatch):
+    """An adapter of layer attention trains and saves what it adds, running statistics included, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    size = ', img_size=64' if name.startswith('vit') else ''
+    changes = {"'resnet50', num": f"'{name}'{size}, num", "'fc'": "'fc'" if name == 'resnet18' else "'head'"}
+    names = recipe('PEFT', changes)
+    torch.manual_seed(0)
+    plain = names['create']()
+    state_dict = {k: v.clone() for k, v in plain.state_dict().items()}
+    adapter = names['get_peft_model'](plain, names['config'])
+    fresh = names['create']()
+    trained = [*layer_attentions(fresh).values(), fresh.get_submodule('fc' if name == 'resnet18' else 'head')]
+    counts = [sum(p.numel() for p in module.parameters()) for module in trained]
+    assert sum(p.numel() for p in adapter.parameters() if p.requires_grad) == sum(counts)
+
+    x = torch.randn(4, 3, 64, 64)
+    optimizer = torch.optim.SGD([p for p in adapter.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        adapter.train()(x).square().sum().backward()
+        optimizer.step()
+    adapter.save_pretrained('trained')
+    fresh.load_state_dict(state_dict)
+    loaded = names['PeftModel'].from_pretrained(fresh, 'trained').eval()
+    with torch.no_grad():
+        expected = adapter.eval()(x)
+        assert torch.equal(loaded(x), expected)
+        assert torch.equal(loaded.merge_and_unload().eval()(x), expected)
+    changed = {k for k, v in loaded.base_model.model.state_dict().items() if not torch.equal(v, state_dict[k])}
+    assert changed and all('.mrla.' in k or k.startswith(('fc', 'head')) for k in changed)
+
+
+def test_lightning(tmp_path, monkeypatch):
+    names = recipe('Lightning')
+    monkeypatch.chdir(tmp_path)
+    images, labels = torch.randn(16, 3, 64, 64), torch.randint(10, (16,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
+    module = names['Classifier']()
+    trainer = names['lightning'].Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False)
+    trainer.fit(module, loader)
+    trainer.save_checkpoint('last.ckpt')
+    loaded = load_checkpoint('last.ckpt', 'resnet18_mrla').state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in module.model.state_dict().items())
+
+
+def test_open_clip():
+    changes = {'convnext_tiny_mrla': 'convnext_atto_mrla', 'image_size=224': 'image_size=64', 'layers=12': 'layers=1'}
+    clip = recipe('open_clip', changes)['clip']
+    images, text, scale = clip(torch.randn(2, 3, 64, 64), torch.randint(100, (2, 77)))
+    assert_layer_attention_learns(clip.visual, (scale * images @ text.T).diagonal().sum())
+
+
 # small ones of each kind; those of tokens at one image size
 EXPORTED = {
     'resnet18_mrla': {},
@@ -277,6 +332,75 @@ def test_onnx(name, tmp_path, monkeypatch):
         (out,) = session.run(None, {source.name: x.numpy()})
         with torch.no_grad():
             assert relative_error(torch.from_numpy(out), names['model'](x)) < 1e-4
+
+
+@pytest.mark.parametrize('name', EXPORTED)
+def test_openvino(name):
+    names, batches = export('OpenVINO', name, {})
+    for x in batches:
+        with torch.no_grad():
+            # by default OpenVINO computes in bfloat16 where the processor does
+            assert relative_error(torch.from_numpy(names['compiled'](x)[0]), names['model'](x)) < 0.02
+
+
+@pytest.mark.parametrize('name', [*EXPORTED, 'convnext_atto_mrla', 'mambaout_femto_mrla'])
+@pytest.mark.parametrize('dynamo', [False, True])
+def test_onnx_of_each_form_and_layout(name, dynamo, tmp_path):
+    """With weights as constants in the file, whether constants are folded or not."""
+    import onnx
+    import onnxruntime
+
+    model = timm.create_model(name, **EXPORTED.get(name, {})).eval()
+    x, path = torch.randn(3, 3, 64, 96), tmp_path / 'model.onnx'
+    batch = {'dynamic_shapes': ({0: torch.export.Dim('batch')},)} if dynamo else {'dynamic_axes': {'x': {0: 'batch'}}}
+    folding = {} if dynamo else {'do_constant_folding': False}
+    torch.onnx.export(model, (x,), path, dynamo=dynamo, input_names=['x'], **batch, **folding)
+    graph = onnx.load(path).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    constants |= {out for node in graph.node if node.op_type in ('Constant', 'Identity') for out in node.output}
+    convs = [node for node in graph.node if node.op_type == 'Conv']
+    assert convs and all(node.input[1] in constants for node in convs)
+    session = onnxruntime.InferenceSession(path)
+    for size in (1, 3, 8):
+        x = torch.randn(size, 3, 64, 96)
+        (out,) = session.run(None, {'x': x.numpy()})
+        with torch.no_grad():
+            assert relative_error(torch.from_numpy(out), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'efficientnet_b0_mrla', 'pvt_v2_b0_mrla'])
+@pytest.mark.parametrize('exporter', ['trace', 'export'])
+def test_core_ml(name, exporter):
+    import coremltools
+
+    model, x = timm.create_model(name).eval(), torch.randn(1, 3, 64, 64)
+    if exporter == 'trace':
+        program, inputs = torch.jit.trace(model, x), {'inputs': [coremltools.TensorType(shape=x.shape)]}
+    else:
+        program, inputs = torch.export.export(model, (x,)).run_decompositions({}), {}
+    converted = coremltools.convert(program, convert_to='mlprogram', skip_model_load=True, **inputs)
+    (output,) = converted.get_spec().description.output
+    assert [*output.type.multiArrayType.shape] in ([1, 1000], [])  # the exporter leaves some shapes out
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'efficientnet_b0_mrla'])
+def test_structured_pruning(name):
+    """Twice in a row, with a training step between."""
+    import torch_pruning
+
+    model, x = timm.create_model(name, num_classes=10), torch.randn(2, 3, 32, 32)
+    heads = {n: mrla.attn.num_heads for n, mrla in layer_attentions(model).items()}
+    sizes = [sum(p.numel() for p in model.parameters())]
+    for _ in range(2):
+        importance = torch_pruning.importance.MagnitudeImportance()
+        torch_pruning.MagnitudePruner(
+            model.eval(), x, importance, pruning_ratio=0.5, round_to=8, ignored_layers=[model.get_classifier()]
+        ).step()
+        assert_layer_attention_learns(model, model.train()(x).square().sum())
+        torch.optim.SGD(model.parameters(), lr=0.01).step()
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert sizes[2] < 0.8 * sizes[1] < 0.64 * sizes[0]
+    assert {n: mrla.attn.num_heads for n, mrla in layer_attentions(model).items()} == heads
 
 
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'deit_tiny_mrla'])

@@ -224,7 +224,10 @@ def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
 
     folder = tmp_path / 'model'
     save_pretrained(create('resnet18_mrla', num_classes=2), folder)
-    assert "'user/model'" in refusal(folder, 'model')
+    assert "'user/model'" in refusal('nowhere.pth', 'model', '--model', 'resnet18_mrla')
+    assert "'user/a b'" in refusal('nowhere.pth', 'user/a b', '--model', 'resnet18_mrla')
+    assert "'resnet18' is no model of timm-mrla" in refusal('nowhere.pth', REPO, '--model', 'resnet18')
+    assert 'dataset' in refusal('nowhere.pth', REPO, '--model', 'resnet18_mrla', '--metric', 'accuracy=0.7')
     assert 'holds no model' in refusal(tmp_path, REPO)
     assert 'README.md: write its licence' in refusal(folder, REPO, '--license', 'mit')
     assert '--model NAME' in refusal(folder / 'model.safetensors', REPO)

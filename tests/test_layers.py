@@ -298,7 +298,7 @@ def test_float16_holds_the_mean_of_a_large_map():
 
 def test_channels_have_the_weights_of_their_heads():
     weights = torch.randn(2, 3)
-    out = per_channel(weights, 12)
+    out = per_channel(weights, 4)
     assert out.shape == (2, 12, 1, 1)
     for c in range(12):
         assert torch.equal(out[:, c, 0, 0], weights[:, c // 4])
@@ -323,3 +323,27 @@ def test_memory_grows_with_the_number_of_blocks():
         return sum(t.untyped_storage().nbytes() >= map_bytes for t in storages.values())
 
     assert saved(9) - saved(6) == saved(6) - saved(3)
+
+
+@pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
+def test_heads_stay_where_pruning_takes_channels(layer):
+    """Half of the channels of each head, as of a layer that was built so."""
+    wide = layer(24, 6, nn.BatchNorm2d).double().eval()
+    narrow = layer(12, 3, nn.BatchNorm2d).double().eval()
+    narrow.attn.load_state_dict(wide.attn.state_dict())
+    kept = torch.arange(24).view(4, 6)[:, :3].flatten()
+    for ours, theirs in ((wide.v, narrow.v), (wide.norm, narrow.norm)):
+        for name, p in ours.named_parameters():
+            setattr(ours, name, nn.Parameter(p[kept]))
+        for name, buffer in ours.named_buffers():
+            setattr(ours, name, buffer[kept] if buffer.ndim else buffer)
+        theirs.load_state_dict(ours.state_dict())
+    wide.v.in_channels = wide.v.out_channels = wide.v.groups = 12
+    x, o = torch.randn(2, 2, 12, 5, 5, dtype=torch.float64)
+    if layer is MrlaLight:
+        narrow.lam = wide.lam = nn.Parameter(wide.lam[kept])
+        assert torch.equal(wide(x, o), narrow(x, o))
+        assert torch.equal(wide.fuse()(x, o), narrow.fuse()(x, o))
+    else:
+        memory = [layer(o)[1] for layer in (wide, narrow)]
+        assert torch.equal(wide(x, memory[0])[0], narrow(x, memory[1])[0])

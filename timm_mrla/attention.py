@@ -113,7 +113,7 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
             row = _copy(out[0])
             starts = row.shape[-1] == 1
         else:
-            row = _copy(per_channel(out, shape[1]).flatten(2))
+            row = _copy(per_channel(out, mrla.dim_head).flatten(2))
             starts = last_place != (holder, shape)
             if not starts:
                 row = torch.cat([stages[-1]['rows'][-1] * _copy(mrla.lam)[:, None], row], dim=-1)

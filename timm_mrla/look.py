@@ -62,6 +62,8 @@ def look(
     out = Path(out)
     if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
         raise ValueError(f"{str(out)!r} does not end like a picture; '.png' does")
+    if out.is_dir():
+        raise IsADirectoryError(f'{str(out)!r} is a folder; name a picture')
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
         raise OSError(f'there is no folder {str(out.parent)!r} that can be written to')
     for path in checkpoints or []:
@@ -70,7 +72,10 @@ def look(
 
     if ':' not in model:  # else timm finds out what model it is in a folder or repository
         check_model(model)
-    skeleton = timm.create_model(model, device='meta', **model_kwargs)
+    try:
+        skeleton = timm.create_model(model, device='meta', **model_kwargs)
+    except TypeError as e:
+        raise ValueError(f'{model} cannot be built with {model_kwargs}: {e}') from e
     find(skeleton, features) if features else by_block(skeleton)
 
     found, titles = [], []

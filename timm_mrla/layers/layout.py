@@ -8,15 +8,16 @@ LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 
 def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The map [B, C, H, W] in x, one of LAYOUTS, and of tokens the prefix [B, P, C], which is not in it."""
+    """The map [B, C, H, W] in x, one of LAYOUTS, and the prefix [B, P, C] of tokens that have one."""
     if layout == 'NCHW':
         return x, None
     if layout == 'NHWC':
         return x.permute(0, 3, 1, 2), None
     H, W = feat_size
     P = x.shape[1] - H * W
+    x, prefix = (x[:, P:], x[:, :P]) if P else (x, None)
     # other ways to the same values give one image strides of which torch's batch norm computes wrong gradients
-    return x[:, P:].unflatten(1, (H, W)).permute(0, 3, 1, 2), x[:, :P]
+    return x.unflatten(1, (H, W)).permute(0, 3, 1, 2), prefix
 
 
 def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,4 +26,5 @@ def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -
         return x
     if layout == 'NHWC':
         return x.permute(0, 2, 3, 1)
-    return torch.cat([prefix, x.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    x = x.permute(0, 2, 3, 1).flatten(1, 2)
+    return x if prefix is None else torch.cat([prefix, x], dim=1)

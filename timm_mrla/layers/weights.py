@@ -56,6 +56,6 @@ class BaseWeights(_Weights):
         return torch.stack([(q * key).sum(-1) for key in (*keys, k)], dim=-1).softmax(-1), k
 
 
-def per_channel(weights: torch.Tensor, dim: int) -> torch.Tensor:
-    """Weights of heads [B, heads] -> of channels [B, dim, 1, 1]."""
-    return weights.unsqueeze(-1).expand(-1, -1, dim // weights.shape[1]).reshape(-1, dim, 1, 1)
+def per_channel(weights: torch.Tensor, dim_head: int) -> torch.Tensor:
+    """Weights of heads [B, heads] -> of channels [B, heads * dim_head, 1, 1]."""
+    return weights.unsqueeze(-1).expand(-1, -1, dim_head).flatten(1)[:, :, None, None]

@@ -176,7 +176,8 @@ class Ceit(GridHost, VisionTransformer):
         """Normed tokens, the class token replaced by what the last block's finds among those of all blocks."""
         if self.lca is None:
             return x
-        last = self.lca(torch.cat(call.tokens, dim=1) + self.pos_layer_embed[:, : len(call.tokens)])
+        tokens = [token + self.pos_layer_embed[:, i : i + 1] for i, token in enumerate(call.tokens)]
+        last = self.lca(torch.cat(tokens, dim=1))
         return torch.cat([self.norm(last), x[:, 1:]], dim=1)
 
 
