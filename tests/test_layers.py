@@ -7,7 +7,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_mrla.layers import LightWeights, MrlaBase, MrlaLight, per_channel
+from timm_mrla.layers import LightWeights, MrlaBase, MrlaLight
 
 DIM, HEAD = 32, 8
 DD = {'dtype': torch.float64}
@@ -298,7 +298,7 @@ def test_float16_holds_the_mean_of_a_large_map():
 
 def test_channels_have_the_weights_of_their_heads():
     weights = torch.randn(2, 3)
-    out = per_channel(weights, 4)
+    out = LightWeights(12, 4).per_channel(weights, 12)
     assert out.shape == (2, 12, 1, 1)
     for c in range(12):
         assert torch.equal(out[:, c, 0, 0], weights[:, c // 4])

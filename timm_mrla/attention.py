@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_mrla.layers import InferenceBase, InferenceLight, MrlaBase, layer_attentions, per_channel, to_map
+from timm_mrla.layers import InferenceBase, InferenceLight, MrlaBase, layer_attentions, to_map
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 
@@ -113,7 +113,7 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
             row = _copy(out[0])
             starts = row.shape[-1] == 1
         else:
-            row = _copy(per_channel(out, mrla.dim_head).flatten(2))
+            row = _copy(mrla.attn.per_channel(out, mrla.v.out_channels).flatten(2))
             starts = last_place != (holder, shape)
             if not starts:
                 row = torch.cat([stages[-1]['rows'][-1] * _copy(mrla.lam)[:, None], row], dim=-1)

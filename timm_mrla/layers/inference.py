@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_mrla.layers.layout import Grid, from_map, to_map
-from timm_mrla.layers.weights import Memory, per_channel
+from timm_mrla.layers.weights import Memory
 
 
 def is_foldable(norm: nn.Module) -> bool:
@@ -35,7 +35,7 @@ class InferenceLight(nn.Module):
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
         scale, bias = _fold(mrla.norm)
-        self.layout, self.attn, self.dim, self.dim_head = mrla.layout, mrla.attn, mrla.v.out_channels, mrla.dim_head
+        self.layout, self.attn, self.dim = mrla.layout, mrla.attn, mrla.v.out_channels
         self.weight = nn.Parameter(mrla.v.weight * scale[:, None, None, None])
         self.bias_v = None if mrla.v.bias is None else nn.Parameter(mrla.v.bias * scale)
         self.lam = nn.Parameter(mrla.lam * scale)
@@ -44,7 +44,7 @@ class InferenceLight(nn.Module):
     def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
         x, prefix = to_map(x, self.layout, feat_size)
         o, _ = to_map(o, self.layout, feat_size)
-        g = per_channel(self.attn(x), self.dim_head)
+        g = self.attn.per_channel(self.attn(x), self.dim)
         v = F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)  # of which no hook has seen the output
         lam, bias = _cast(self.lam, self.bias, like=v)
         if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
@@ -60,16 +60,16 @@ class InferenceBase(nn.Module):
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
         scale, bias = _fold(mrla.norm)
-        self.layout, self.attn, self.dim_head, self.v = mrla.layout, mrla.attn, mrla.dim_head, mrla.v
+        self.layout, self.attn, self.v = mrla.layout, mrla.attn, mrla.v
         self.scale, self.bias = nn.Parameter(scale), nn.Parameter(bias)
 
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         x, prefix = to_map(x, self.layout, feat_size)
         weights, k = self.attn(x, memory[::2])
         memory = (*memory, k, self.v(x))
-        v = memory[-1]
+        v, dim = memory[-1], self.v.out_channels
         scale, m = _cast(self.scale, self.bias, like=v)
-        weights = [per_channel(weights[..., s], self.dim_head).to(v.dtype) * scale for s in range(len(memory) // 2)]
+        weights = [self.attn.per_channel(w, dim).to(v.dtype) * scale for w in weights.unbind(-1)]
         if torch.is_grad_enabled() or x.dtype != v.dtype:
             for weight, value in zip(weights, memory[1::2], strict=True):
                 m = m + weight * value

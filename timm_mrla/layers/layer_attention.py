@@ -34,7 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm_mrla.layers.inference import InferenceBase, InferenceLight, is_foldable
 from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
 from timm_mrla.layers.recompute import recompute
-from timm_mrla.layers.weights import BaseWeights, LightWeights, Memory, per_channel
+from timm_mrla.layers.weights import BaseWeights, LightWeights, Memory
 
 FORMS = ('post', 'pre')
 
@@ -85,11 +85,6 @@ class _LayerAttention(nn.Module):
         """What `print` says of it."""
         return f'form={self.form}, layout={self.layout}, heads={self.attn.num_heads}'
 
-    @property
-    def dim_head(self) -> int:
-        """Channels per head, of which pruning leaves less."""
-        return self.v.out_channels // self.attn.num_heads
-
     def gates(self) -> list[nn.Parameter]:
         """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
         return [*self.norm.parameters(), *self.norm_x.parameters()]
@@ -139,7 +134,7 @@ class MrlaLight(_LayerAttention):
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
         o, _ = to_map(self.norm_o(o), self.layout, feat_size)
         v = self.act_v(self.norm_v(self.v(y)))
-        g = per_channel(self.attn(y), self.dim_head).to(v.dtype)
+        g = self.attn.per_channel(self.attn(y), self.v.out_channels).to(v.dtype)
         m = g * v + self.lam.to(v.dtype)[:, None, None] * o
         return self.join(self.norm(m), prefix)
 
@@ -184,7 +179,7 @@ class MrlaBase(_LayerAttention):
         v = self.v(y)
         m = None
         for s, value in enumerate((*memory[1::2], v)):
-            retrieved = per_channel(weights[..., s], self.dim_head).to(v.dtype) * value
+            retrieved = self.attn.per_channel(weights[..., s], self.v.out_channels).to(v.dtype) * value
             m = retrieved if m is None else m + retrieved
         return self.join(self.act(self.norm(m)), prefix), k, v
 

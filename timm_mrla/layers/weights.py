@@ -36,6 +36,10 @@ class _Weights(nn.Module):
         q, k = self.qk(y.to(x.dtype)[None, None])[0].unflatten(-1, (self.num_heads, -1))
         return q * q.shape[-1] ** -0.5, k
 
+    def per_channel(self, weights: torch.Tensor, dim: int) -> torch.Tensor:
+        """Weights of heads [B, heads] -> of channels [B, C, 1, 1]. Pruning leaves less channels in each head."""
+        return weights.unsqueeze(-1).expand(-1, -1, dim // self.num_heads).flatten(1)[:, :, None, None]
+
 
 class LightWeights(_Weights):
     """The gate of MRLA-light: `sigmoid(<q, k> / sqrt(d))`, map [B, C, H, W] -> [B, heads]."""
@@ -54,8 +58,3 @@ class BaseWeights(_Weights):
     def forward(self, x: torch.Tensor, keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = self.query_key(x)
         return torch.stack([(q * key).sum(-1) for key in (*keys, k)], dim=-1).softmax(-1), k
-
-
-def per_channel(weights: torch.Tensor, dim_head: int) -> torch.Tensor:
-    """Weights of heads [B, heads] -> of channels [B, heads * dim_head, 1, 1]."""
-    return weights.unsqueeze(-1).expand(-1, -1, dim_head).flatten(1)[:, :, None, None]

@@ -132,7 +132,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))
     # AveragedModel has a counter beside the model
     state_dict = {_WRAPPERS.sub('', name): tensor for name, tensor in state_dict.items() if name != 'n_averaged'}
-    while len({name.partition('.')[0] for name in state_dict}) == 1 and all('.' in name for name in state_dict):
+    while len(state_dict) > 1 and len({name.partition('.')[0] for name in state_dict}) == 1:
         state_dict = {name.partition('.')[2]: tensor for name, tensor in state_dict.items()}
     out = {}
     for name, tensor in state_dict.items():

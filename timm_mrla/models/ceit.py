@@ -185,10 +185,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
     for pattern, ours in ((r'^i2t\.(backbone\.)?', 'patch_embed.proj.'), (r'\.(leff|feedforward)\.', '.mlp.')):
         state_dict = {re.sub(pattern, ours, name): tensor for name, tensor in state_dict.items()}
-    stem, pos_embed = model.patch_embed, state_dict['pos_embed']
-    # timm reads the grid of a checkpoint from a patch kernel
-    grid = get_pretrained_grid_size(model, torch.empty(1, 1, *stem.patch_size, device='meta'), pos_embed.shape[1] - 1)
-    state_dict['pos_embed'] = resample_abs_pos_embed(pos_embed, stem.grid_size, grid)
+    if (embed := state_dict.get('pos_embed')) is not None:  # timm reads a checkpoint's grid from a patch kernel
+        stem = model.patch_embed
+        grid = get_pretrained_grid_size(model, torch.empty(1, 1, *stem.patch_size, device='meta'), embed.shape[1] - 1)
+        state_dict['pos_embed'] = resample_abs_pos_embed(embed, stem.grid_size, grid)
     return vit_checkpoint_filter_fn(state_dict, model)
 
 
