@@ -1,13 +1,17 @@
 """The README's Python runs as it stands there, from top to bottom, but for the recipes of other test files."""
 
+import copy
 import re
 
+import pytest
 import safetensors.torch
 import timm
+import torch
 from flops import family, paper_entries
 from readme import README, RECIPES, code, sections
 
 from timm_mrla.hub import save_pretrained
+from timm_mrla.layers import LightWeights
 from timm_mrla.models._registry import BACKBONES
 
 
@@ -24,6 +28,25 @@ def test_python_blocks(tmp_path, monkeypatch, hub):
     assert len(blocks) >= 5
     assert namespace['c5'].shape == (1, 2048, 15, 20)
     assert namespace['x'].shape == (2, 64, 56, 56)
+
+
+def test_the_widths_of_kernels():
+    """3 up to 127 channels, 5 from 128 to 2047, 7 from 2048 on."""
+    for dim in (16, 64, 127, 128, 512, 2047, 2048):
+        assert LightWeights(dim, 1).qk.kernel_size == (1, 3 if dim < 128 else 5 if dim < 2048 else 7)
+
+
+@pytest.mark.parametrize('name', ['resnet50', 'resnet50_mrla', 'deit_small_patch16_224', 'deit_small_mrla'])
+def test_what_bfloat16_loses(name):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 224, 224)
+    model = timm.create_model(name)
+    with torch.no_grad():
+        for _ in range(2):  # norms that have seen something
+            model.train()(x)
+        expected = model.eval()(x)
+        error = (copy.deepcopy(model).bfloat16().float()(x) - expected).norm() / expected.norm()
+    assert 0.001 < error.item() < 0.01
 
 
 def test_the_tables():
