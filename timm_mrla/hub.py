@@ -3,6 +3,8 @@
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,20 @@ from torch import nn
 
 import timm_mrla.models
 from timm_mrla.layers import layer_attentions
-from timm_mrla.models._weights import convert_state_dict
+from timm_mrla.models._weights import StateDict, convert_state_dict
 
-__all__ = ['check_model', 'check_new', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
+__all__ = [
+    'check_model',
+    'check_new',
+    'load_checkpoint',
+    'load_folder',
+    'model_card',
+    'new_folder',
+    'push_to_hub',
+    'read_checkpoint',
+    'save_pretrained',
+    'upload',
+]
 
 
 def check_model(name: str) -> None:
@@ -30,6 +43,41 @@ def check_new(folder: str | os.PathLike) -> None:
     """Raises FileExistsError if a folder exists."""
     if os.path.lexists(folder):
         raise FileExistsError(f'{str(folder)!r} exists; remove it or name another folder')
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[str]:
+    """A folder to make and write to, elsewhere: it gets its name once all is written, or is not there.
+
+    Raises:
+        FileExistsError: The folder exists.
+        OSError: It cannot be written.
+    """
+    check_new(folder)
+    parent = Path(folder).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as tmp:
+            out = os.path.join(tmp, 'model')
+            yield out
+            os.rename(out, folder)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'{str(folder)!r} cannot be written: {e}') from e
+
+
+def read_checkpoint(path: str) -> StateDict:
+    """Read the state dict that a training script wrote; nothing in the checkpoint is run.
+
+    Raises:
+        ValueError: There is no such file, or it holds more than weights.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no checkpoint {path!r}')
+    try:
+        return convert_state_dict(load_state_dict(path))
+    except Exception as e:  # whatever a file may hold
+        reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
+        raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
 
 
 def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
@@ -47,13 +95,9 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
         ValueError: There is no such model or file, the file holds more than weights, or it does not fit.
     """
     check_model(model_name)
-    if not os.path.isfile(path):
-        raise ValueError(f'there is no checkpoint {path!r}')
-    try:
-        state_dict = convert_state_dict(load_state_dict(path))
-    except Exception as e:  # whatever a file may hold
-        reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
-        raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
+    state_dict = read_checkpoint(path)
+    if any(name.startswith('backbone.body.') for name in state_dict):
+        raise ValueError(f'{path!r} is of a detector, not of {model_name}: `weights` of timm_mrla.detection takes it')
 
     classifier = to_ntuple(1)(get_pretrained_cfg(model_name).classifier)[0]
     if f'{classifier}.weight' in state_dict:
@@ -182,7 +226,6 @@ def save_pretrained(
         FileExistsError: The folder exists.
         OSError: It cannot be written.
     """
-    check_new(folder)
     architecture = model.pretrained_cfg['architecture']
     if not model_entrypoint(architecture).__module__.startswith(timm_mrla.models.__name__):
         raise ValueError(
@@ -193,17 +236,10 @@ def save_pretrained(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
         )
     card = card or model_card(model, f'local-dir:{folder}')
-    parent = Path(folder).absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as tmp:
-            out = os.path.join(tmp, 'model')
-            requires = {'requires': ['timm_mrla']}
-            save_for_hf(model, out, model_config=requires, data_config=data_config, safe_serialization=True)
-            card.save(os.path.join(out, 'README.md'))
-            os.rename(out, folder)
-    except (OSError, SafetensorError) as e:
-        raise OSError(f'{str(folder)!r} cannot be written: {e}') from e
+    requires = {'requires': ['timm_mrla']}
+    with new_folder(folder) as out:
+        save_for_hf(model, out, model_config=requires, data_config=data_config, safe_serialization=True)
+        card.save(os.path.join(out, 'README.md'))
 
 
 def push_to_hub(
@@ -234,20 +270,29 @@ def push_to_hub(
         ValueError: The model has no layer attention of ours, or one that was never trained; repo_id has no owner.
         RuntimeError: The Hub cannot be reached, or refuses.
     """
-    if '/' not in repo_id:
-        raise ValueError(f"{repo_id!r} does not say whose repository it is: 'user/{repo_id}'")
     card = card or model_card(model, f'hf-hub:{repo_id}')
     card.content = re.sub(r'local-dir:[^\'"`]+', f'hf-hub:{repo_id}', card.content)
     with tempfile.TemporaryDirectory() as tmp:
         folder = os.path.join(tmp, 'model')
         save_pretrained(model, folder, card)
-        api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
-        try:
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            ignore = ['README.md'] if api.file_exists(repo_id, 'README.md') else None
-            api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=ignore
-            )
-        except Exception as e:  # among them those of the HTTP library, which changes with the client's version
-            raise RuntimeError(f'{repo_id} cannot be pushed: {e}') from e
+        return upload(folder, repo_id, token, private, commit_message)
+
+
+def upload(
+    folder: str,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = 'Add model',
+) -> str:
+    """Publish a folder in a repository of the Hub; arguments, return value and errors as in `push_to_hub`."""
+    if '/' not in repo_id:
+        raise ValueError(f"{repo_id!r} does not say whose repository it is: 'user/{repo_id}'")
+    api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        ignore = ['README.md'] if api.file_exists(repo_id, 'README.md') else None
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=ignore)
+    except Exception as e:  # among them those of the HTTP library, which changes with the client's version
+        raise RuntimeError(f'{repo_id} cannot be pushed: {e}') from e
     return str(repo)

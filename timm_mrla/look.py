@@ -8,23 +8,14 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_mrla.attention import feature_maps, layer_attention
 from timm_mrla.hub import check_model, load_checkpoint
+from timm_mrla.picture import check_picture, open_image
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
 __all__ = ['look']
-
-
-def _open(path: str, mode: str) -> Image.Image:
-    try:
-        return Image.open(path).convert(mode)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'there is no image {path!r}') from None
-    except OSError as e:
-        raise ValueError(f'{path!r} is not an image that Pillow reads') from e
 
 
 def look(
@@ -56,10 +47,7 @@ def look(
         OSError: There is no such file, or the picture cannot be written.
     """
     out = Path(out)
-    if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise ValueError(f"{str(out)!r} does not end like a picture; '.png' does")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f'there is no folder {str(out.parent)!r} to write to')
+    check_picture(out, {f'.{ending}' for ending in Figure().canvas.get_supported_filetypes()})
 
     if ':' not in model:  # else timm finds out what model it is in a folder or repository
         check_model(model)
@@ -70,7 +58,7 @@ def look(
         data_config = resolve_model_data_config(net)
         transform = create_transform(**data_config)
         mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
-        batch = torch.stack([transform(_open(image, mode)) for image in images])
+        batch = torch.stack([transform(open_image(image, mode)) for image in images])
         found.append(feature_maps(net, batch, features) if features else layer_attention(net, batch))
         weights = checkpoint or (model if pretrained else 'random weights')
         titles += [f'{image}, {weights}' for image in images]
