@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import nn
 from torchvision.models._api import register_model  # torchvision exports what reads its registry, but not this
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import _validate_trainable_layers  # as its own builders do
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -202,6 +204,11 @@ def _build(
     trainable_layers = _validate_trainable_layers(trained, trainable_backbone_layers, max_value=5, default_value=3)
 
     cls, strides, extra_blocks = _DETECTORS[architecture]
+    # torchvision hands on what it does not know, to where it is ignored; the last is its training script's
+    known = {*signature(cls).parameters, *signature(GeneralizedRCNNTransform).parameters, '_skip_resize', 'categories'}
+    for key in kwargs:
+        if key not in known:
+            raise TypeError(f'{cls.__name__} has no argument {key!r}')
     body = _create_body(backbone, weights_backbone if weights is None else None)
     if trained:
         _freeze_norms(body)

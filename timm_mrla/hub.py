@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,8 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
     except TypeError as e:
         raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {e}') from e
     except RuntimeError as e:
-        raise ValueError(f'{path!r} does not fit: {e.__cause__ or e}') from e
+        reason = textwrap.shorten(str(e.__cause__ or e), 800, placeholder=' ...')  # torch names each parameter
+        raise ValueError(f'{path!r} does not fit: {reason}') from e
     for name, tensor in model.state_dict().items():
         if name in state_dict and state_dict[name].shape != tensor.shape:
             shapes = f'{tuple(state_dict[name].shape)} and not {tuple(tensor.shape)}'
