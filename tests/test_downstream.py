@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from readme import recipe
 from torch import nn
 
+from timm_mrla.detection import faster_rcnn
+
 pytestmark = pytest.mark.downstream
 BACKBONES = ['resnet50_mrla', 'resnet50_mrlab', 'pvt_v2_b0_mrla', 'efficientnet_b0_mrla']
 backbones = pytest.mark.parametrize('name', BACKBONES)
@@ -94,43 +96,14 @@ def shapes(tmp_path_factory):
     return sets
 
 
-@pytest.fixture(scope='module')
-def detection():
-    return recipe('Object detection and instance segmentation')
-
-
-def detector(detection, kind, name):
-    width, kwargs = 64, {'num_classes': 4, 'min_size': 96, 'max_size': 96}
-    if kind == 'RetinaNet':
-        backbone = detection['Backbone'](name, 3, detection['LastLevelP6P7'](width, width), width)
-    else:
-        backbone = detection['Backbone'](name, 4, detection['LastLevelMaxPool'](), width)
-        # fewer regions, for speed
-        kwargs.update(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=50, box_batch_size_per_image=64)
-    return detection[kind](backbone, **kwargs)
-
-
-@backbones
-@pytest.mark.parametrize('kind', ['FasterRCNN', 'MaskRCNN', 'RetinaNet'])
-def test_detectors_learn(detection, shapes, kind, name):
-    model = detector(detection, kind, name)
-    images, targets = zip(*(shapes[0][i] for i in range(2)), strict=True)
-    losses = model(images, targets)
-    assert len(losses) == {'FasterRCNN': 4, 'MaskRCNN': 5, 'RetinaNet': 2}[kind]
-    assert_layer_attention_learns(model, sum(losses.values()))
-    if kind != 'RetinaNet':
-        levels = model.backbone(torch.stack(images))
-        pooled = model.roi_heads.box_roi_pool.featmap_names
-        assert len(pooled) == 4
-        assert [*levels] == [*pooled, 'pool']
-
-
-def test_a_detector_finds_the_shapes(detection, shapes):
+def test_a_detector_finds_the_shapes(shapes):
     from pycocotools.cocoeval import COCOeval
     from torchvision.ops import box_convert
 
     train, val = shapes
-    model = detector(detection, 'FasterRCNN', 'efficientnet_b0_mrla')
+    # fewer regions, for speed
+    regions = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=50, box_batch_size_per_image=64)
+    model = faster_rcnn('efficientnet_b0_mrla', num_classes=4, min_size=96, max_size=96, **regions)
     steps = 80
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
