@@ -363,6 +363,7 @@ BAD = [
         'vit_tiny_patch16_224_mrla are of: 16',
     ),
     (dict(backbone='vit_base_patch16_clip_224'), 'vit_base_patch16_clip_224 are of: 16'),
+    (dict(backbone='vgg11'), 'vgg11 does not say which of its modules make its maps'),
     (dict(backbone='maxvit_tiny_tf_224_mrla'), 'any size; maxvit_tiny_tf_224_mrla takes 224 x 224'),
     (dict(num_classes=1), 'num_classes is 1, and the background is a class'),
     (

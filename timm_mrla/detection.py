@@ -70,6 +70,13 @@ def _any_size(backbone: str) -> dict[str, Any]:
     return _ANY_SIZE.get(model_entrypoint(backbone).__module__.rpartition('.')[2], {})
 
 
+def _stages(body: nn.Module) -> list[list[int]]:
+    """Which of a model's parameters, in their order, are in the modules that make its maps."""
+    names = [name for name, _ in body.named_parameters()]
+    modules = [f'{info["module"]}.' for info in body.feature_info if info['reduction'] in _STRIDES]
+    return [[i for i, name in enumerate(names) if name.startswith(module)] for module in modules]
+
+
 def _check_backbone(name: str) -> None:
     """Raises ValueError unless a model of timm's has the maps that detectors need, of images of any size."""
     check_model(name)
@@ -77,11 +84,13 @@ def _check_backbone(name: str) -> None:
     if tag:
         raise ValueError(f'{name!r} says which weights too: name {backbone!r}, and {tag!r} as weights_backbone')
     with torch.device('meta'):
-        body = timm.create_model(name, **_any_size(name))
+        body = timm.create_model(name, **_any_size(name)).eval()
         strides = {info['reduction'] for info in getattr(body, 'feature_info', ())}
         if not strides.issuperset(_STRIDES):
             found = ', '.join(map(str, sorted(strides))) or 'none'
             raise ValueError(f'detectors need maps of strides 4, 8, 16 and 32, and those of {name} are of: {found}')
+        if not all(_stages(body)):
+            raise ValueError(f'{name} does not say which of its modules make its maps, so that none could be frozen')
         try:
             body.forward_intermediates(torch.empty(1, 3, 352, 416), intermediates_only=True)
         except (AssertionError, RuntimeError) as e:
@@ -125,12 +134,10 @@ def _freeze_norms(body: nn.Module) -> None:
 
 
 def _freeze_first_layers(backbone: _PyramidBackbone, trainable_layers: int) -> None:
-    """Freeze all but the last layers of a backbone: its stem and four stages, each up to where its map is taken."""
-    parameters = dict(backbone.body.named_parameters())
-    modules = [info['module'] for info in backbone.body.feature_info if info['reduction'] in _STRIDES]
-    inside = [[i for i, name in enumerate(parameters) if name.startswith(f'{module}.')] for module in modules]
-    ends = [inside[0][0], *(stage[-1] + 1 for stage in inside[:-1]), len(parameters)]
-    for parameter in [*parameters.values()][: [0, *ends][5 - trainable_layers]]:
+    """Freeze all but the last of a backbone's layers: its stem and four stages, each up to where its map is taken."""
+    parameters, stages = [*backbone.body.parameters()], _stages(backbone.body)
+    ends = [0, stages[0][0], *(stage[-1] + 1 for stage in stages[:-1]), len(parameters)]
+    for parameter in parameters[: ends[5 - trainable_layers]]:
         parameter.requires_grad_(False)
 
 
