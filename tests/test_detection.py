@@ -450,13 +450,13 @@ def test_a_picture_of_what_is_found(builder, categories, tmp_path, monkeypatch):
     with Image.open(tmp_path / 'found.png') as image:
         found = pil_to_tensor(image)
     assert found.shape == (3, 2 + 2 * (72 + 2), 2 + 2 * (80 + 2))  # two rows of two, with margins
-    labels = ['star 0.96' if categories is CATEGORIES else '3 0.96'] * 2
+    labels = ['star: 0.96' if categories is CATEGORIES else '3: 0.96'] * 2
     for i, picture in enumerate(pictures):
         with torch.inference_mode():
             (result,) = model.eval()([picture / 255])
         if builder is mask_rcnn:
-            picture = draw_segmentation_masks(picture, result['masks'][:, 0] > 0.5, alpha=0.5)
-        expected = draw_bounding_boxes(picture, result['boxes'], labels, width=2, fill_labels=True)
+            picture = draw_segmentation_masks(picture, result['masks'][:, 0] > 0.5, alpha=0.5, colors=['lime'] * 2)
+        expected = draw_bounding_boxes(picture, result['boxes'], labels, ['lime'] * 2, width=2, fill_labels=True)
         top, left = 2 + i // 2 * 74, 2 + i % 2 * 82
         assert torch.equal(found[:, top : top + expected.shape[1], left : left + expected.shape[2]], expected)
 

@@ -4,6 +4,7 @@ Importing this registers those on the paper's ResNets in torchvision's registry,
 so on, where torchvision's training script finds them.
 """
 
+import argparse
 import json
 import os
 import tempfile
@@ -229,6 +230,9 @@ def _build(
     model.config = config
     if read:
         _load_weights(model, weights, read)
+    # torchvision's training script writes its arguments beside the weights, and resumes from these as weights alone;
+    # timm allows it too, but no longer once it has read a checkpoint
+    torch.serialization.add_safe_globals([argparse.Namespace])
     return model
 
 

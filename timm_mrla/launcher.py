@@ -3,7 +3,6 @@
 `launch` starts this file by its path in a fresh interpreter: timm is imported there only once sys.path is the script's.
 """
 
-import argparse
 import os
 import runpy
 import subprocess
@@ -52,12 +51,8 @@ def _run(script: str, *args: str) -> None:
     root = os.path.dirname(os.path.dirname(__file__))
     if root not in sys.path:  # a checkout that is not installed
         sys.path.append(root)
-    import torch
-
     import timm_mrla  # noqa: F401
 
-    # torchvision's scripts save their arguments in checkpoints, and resume from these as weights alone
-    torch.serialization.add_safe_globals([argparse.Namespace])
     sys.excepthook = _excepthook
     main = sys.modules['__main__'] = ModuleType('__main__')
     if module:

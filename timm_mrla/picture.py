@@ -16,6 +16,7 @@ from timm_mrla.detection import from_pretrained
 __all__ = ['check_picture', 'detect', 'open_image']
 
 MIN_SCORE = 0.5  # of what is drawn
+COLOURS = ('yellow', 'cyan', 'orange', 'lime', 'violet')  # of the classes, in turns; black letters are read on them
 
 
 def check_picture(path: Path, endings: Container[str]) -> None:
@@ -57,13 +58,15 @@ def detect(model: str, images: list[str], out: str) -> None:
         with torch.inference_mode():
             (found,) = detector([convert_image_dtype(picture)])
         found = {key: value[found['scores'] > MIN_SCORE] for key, value in found.items()}
+        classes = found['labels'].tolist()
+        if not classes:
+            continue
+        colours = [COLOURS[label % len(COLOURS)] for label in classes]
         if 'masks' in found:
-            picture = draw_segmentation_masks(picture, found['masks'][:, 0] > 0.5, alpha=0.5)
-        labels = [
-            f'{names.get(label, label)} {score:.2f}'
-            for label, score in zip(found['labels'].tolist(), found['scores'].tolist(), strict=True)
-        ]
-        pictures[i] = draw_bounding_boxes(picture, found['boxes'], labels, width=2, fill_labels=True)
+            picture = draw_segmentation_masks(picture, found['masks'][:, 0] > 0.5, alpha=0.5, colors=colours)
+        scores = zip(classes, found['scores'].tolist(), strict=True)
+        labels = [f'{names.get(label, label)}: {score:.2f}' for label, score in scores]
+        pictures[i] = draw_bounding_boxes(picture, found['boxes'], labels, colours, width=2, fill_labels=True)
     height, width = (max(picture.shape[i] for picture in pictures) for i in (1, 2))
     padded = [pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
     grid = make_grid(padded, nrow=math.ceil(math.sqrt(len(padded))))
