@@ -541,11 +541,12 @@ def test_onnx(builder, tmp_path):
     model = builder('resnet18_mrla', **SMALL, **ALL[builder])
     randomize(model.backbone.body)
     image = batch()[0][0]
-    expected = detections(model)[0]
+    with torch.inference_mode():
+        (expected,) = model.eval()([image])
+    assert len(expected['boxes']) > 3
     torch.onnx.export(model, ([image],), tmp_path / 'model.onnx', dynamo=False, opset_version=17)
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
     found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    names = {value.name: torch.from_numpy(y) for value, y in zip(session.get_outputs(), found, strict=True)}
-    assert len(names) == len(expected)
-    for y, x in zip(names.values(), expected.values(), strict=True):
-        torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-3)
+    for (key, x), y in zip(expected.items(), found, strict=True):
+        tolerance = 1e-2 if key == 'masks' else 1e-3  # masks are pasted by another interpolation
+        torch.testing.assert_close(torch.from_numpy(y), x, rtol=tolerance, atol=tolerance)
