@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 README = (Path(__file__).parent.parent / 'README.md').read_text()
-RECIPES = 'Detection, segmentation, transformers, fastai, export'
+RECIPES = 'Segmentation, transformers, fastai, export'
 
 
 def sections(text: str = README, level: str = '##') -> dict[str, str]:

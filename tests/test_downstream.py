@@ -11,12 +11,11 @@ from PIL import Image, ImageDraw
 from readme import recipe
 from torch import nn
 
+from timm_mrla.detection import faster_rcnn
 from timm_mrla.hub import load_checkpoint
 from timm_mrla.layers import layer_attentions
 
 pytestmark = pytest.mark.downstream
-BACKBONES = ['resnet50_mrla', 'resnet50_mrlab', 'pvt_v2_b0_mrla', 'efficientnet_b0_mrla']
-backbones = pytest.mark.parametrize('name', BACKBONES)
 
 
 @pytest.fixture(autouse=True)
@@ -97,43 +96,14 @@ def shapes(tmp_path_factory):
     return sets
 
 
-@pytest.fixture(scope='module')
-def detection():
-    return recipe('Object detection and instance segmentation')
-
-
-def detector(detection, kind, name):
-    width, kwargs = 64, {'num_classes': 4, 'min_size': 96, 'max_size': 96}
-    if kind == 'RetinaNet':
-        backbone = detection['Backbone'](name, 3, detection['LastLevelP6P7'](width, width), width)
-    else:
-        backbone = detection['Backbone'](name, 4, detection['LastLevelMaxPool'](), width)
-        # fewer regions, for speed
-        kwargs.update(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=50, box_batch_size_per_image=64)
-    return detection[kind](backbone, **kwargs)
-
-
-@backbones
-@pytest.mark.parametrize('kind', ['FasterRCNN', 'MaskRCNN', 'RetinaNet'])
-def test_detectors_learn(detection, shapes, kind, name):
-    model = detector(detection, kind, name)
-    images, targets = zip(*(shapes[0][i] for i in range(2)), strict=True)
-    losses = model(images, targets)
-    assert len(losses) == {'FasterRCNN': 4, 'MaskRCNN': 5, 'RetinaNet': 2}[kind]
-    assert_layer_attention_learns(model, sum(losses.values()))
-    if kind != 'RetinaNet':
-        levels = model.backbone(torch.stack(images))
-        pooled = model.roi_heads.box_roi_pool.featmap_names
-        assert len(pooled) == 4
-        assert [*levels] == [*pooled, 'pool']
-
-
-def test_a_detector_finds_the_shapes(detection, shapes):
+def test_a_detector_finds_the_shapes(shapes):
     from pycocotools.cocoeval import COCOeval
     from torchvision.ops import box_convert
 
     train, val = shapes
-    model = detector(detection, 'FasterRCNN', 'efficientnet_b0_mrla')
+    # fewer regions, for speed
+    regions = dict(rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=50, box_batch_size_per_image=64)
+    model = faster_rcnn('efficientnet_b0_mrla', num_classes=4, min_size=96, max_size=96, **regions)
     steps = 80
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.1)
@@ -162,17 +132,6 @@ def test_a_detector_finds_the_shapes(detection, shapes):
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[1] > 0.5  # AP at an IoU of 0.5
-
-
-@backbones
-def test_a_backbone_starts_from_a_checkpoint_and_keeps_its_norms(detection, checkpoint, name):
-    model = timm.create_model(name)
-    backbone = detection['Backbone'](name, 4, None, 32, **checkpoint(model))
-    timm.utils.model.freeze_batch_norm_2d(backbone.body)
-    assert not [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    x = torch.randn(2, 3, 64, 96)
-    expected = model.eval().forward_intermediates(x, 4, intermediates_only=True)
-    torch.testing.assert_close(backbone.train().body(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope='module')

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from flops import family, paper_entries
 from readme import README, RECIPES, code, sections
 
@@ -21,6 +22,8 @@ def test_python_blocks(tmp_path, monkeypatch, hub):
     hub.add('user/resnet50_mrla.in1k', tmp_path / 'resnet50_mrla')
     weights = safetensors.torch.save(timm.create_model('resnet50').state_dict())
     hub.commit('timm/resnet50.a1_in1k', {'model.safetensors': weights})
+    detector = torchvision.models.get_model('maskrcnn_resnet50_mrla_fpn')
+    torch.save({'model': detector.state_dict()}, 'model_11.pth')
     namespace = {}
     blocks = code(README.replace(sections()[RECIPES], ''))
     for block in blocks:

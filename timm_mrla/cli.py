@@ -100,6 +100,12 @@ def _attention(args: argparse.Namespace) -> None:
     )
 
 
+def _detect(args: argparse.Namespace) -> None:
+    from timm_mrla.picture import detect
+
+    detect(args.model, args.images, args.out)
+
+
 def main() -> None:
     """Parse the command line and run its command."""
     parser = argparse.ArgumentParser(prog='timm-mrla', description='Models with layer attention (MRLA) for timm.')
@@ -167,6 +173,12 @@ def main() -> None:
     view.add_argument('--features', metavar='BLOCK', help='draw the maps of a block before and after layer attention')
     attention.add_argument('--npz', action='store_true', help='write the numbers to an .npz file beside the picture')
     attention.set_defaults(fn=_attention)
+
+    detect = commands.add_parser('detect', help='draw what a detector finds in images')
+    detect.add_argument('model', metavar='MODEL_FOLDER', help="folder of a detector, also 'hf-hub:USER/REPO'")
+    detect.add_argument('images', nargs='+', metavar='IMAGE', help='path of an image; several stand side by side')
+    detect.add_argument('--out', default='detections.png', help='picture to write (default: %(default)s)')
+    detect.set_defaults(fn=_detect)
 
     args = parser.parse_args()
     try:

@@ -3,6 +3,9 @@
 import os
 import re
 import tempfile
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,13 @@ from timm.layers import to_2tuple, to_ntuple
 from timm.models import get_pretrained_cfg, is_model, load_state_dict, model_entrypoint, save_for_hf
 from timm.utils import unwrap_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import timm_mrla.models
 from timm_mrla.models._loops import View
-from timm_mrla.models._weights import convert_state_dict
+from timm_mrla.models._weights import StateDict, convert_state_dict
 
 __all__ = ['load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _GATE = re.compile(r'\.mrla\.norm(_x)?\.(weight|bias)$')  # of these, all are zero until layer attention adds something
 
 
@@ -70,6 +71,40 @@ def check_metrics(metrics: dict[str, float] | None, datasets: list[str] | None) 
         raise ValueError(f'the metrics {metrics} need the dataset that they were measured on')
 
 
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[str]:
+    """A folder to make and write to, elsewhere: it gets its name once all is written, or is not there.
+
+    Raises:
+        FileExistsError: The folder exists.
+        OSError: It cannot be written.
+    """
+    check_new(folder)
+    parent = Path(folder).absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as tmp:
+            out = os.path.join(tmp, 'model')
+            yield out
+            os.rename(out, folder)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'{str(folder)!r} cannot be written: {e}') from e
+
+
+def read_checkpoint(path: str) -> StateDict:
+    """Read the state dict that a training script wrote; nothing in the checkpoint is run.
+
+    Raises:
+        ValueError: There is no such file, or it holds more than weights.
+    """
+    check_file(path)
+    try:
+        return convert_state_dict(load_state_dict(path))
+    except Exception as e:  # whatever a file may hold
+        reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
+        raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
+
+
 def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
     """Load what a training script wrote, timm's or the authors' of the paper.
 
@@ -86,12 +121,9 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
             positions on a grid, and no img_size says on which, since 8 x 18 are as many as 12 x 12.
     """
     check_model(model_name)
-    check_file(path)
-    try:
-        state_dict = convert_state_dict(load_state_dict(path))
-    except Exception as e:  # whatever a file may hold
-        reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
-        raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
+    state_dict = read_checkpoint(path)
+    if any(name.startswith('backbone.body.') for name in state_dict):
+        raise ValueError(f'{path!r} is of a detector, not of {model_name}: `weights` of timm_mrla.detection takes it')
 
     if 'img_size' not in model_kwargs and getattr(state_dict.get('pos_embed'), 'ndim', 0) == 3:
         raise ValueError(
@@ -108,7 +140,8 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
     except TypeError as e:
         raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {e}') from e
     except RuntimeError as e:
-        raise ValueError(f'{path!r} does not fit: {e.__cause__ or e}') from e
+        reason = textwrap.shorten(str(e.__cause__ or e), 800, placeholder=' ...')  # torch names each parameter
+        raise ValueError(f'{path!r} does not fit: {reason}') from e
     for name, tensor in model.state_dict().items():
         if name in state_dict and state_dict[name].shape != tensor.shape:
             shapes = f'{tuple(state_dict[name].shape)} and not {tuple(tensor.shape)}'
@@ -205,6 +238,15 @@ with torch.inference_mode():
 """)
 
 
+def full_state_dict(model: nn.Module) -> StateDict:
+    """The state dict of the model in what is wrapped around it, whole and contiguous; of the first process alone."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state_dict = convert_state_dict(get_model_state_dict(model, options=options))
+    return {name: tensor.contiguous() for name, tensor in state_dict.items()}
+
+
 def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -231,27 +273,19 @@ def save_pretrained(
     check_new(folder)
     plain = unwrap_model(model)
     check_ours(plain.pretrained_cfg['architecture'])
-    state_dict = convert_state_dict(get_model_state_dict(model, options=_FULL))
+    state_dict = full_state_dict(model)
     if not state_dict:  # the first process has it
         return
-    state_dict = {name: tensor.contiguous() for name, tensor in state_dict.items()}
     if not any(tensor.any() for name, tensor in state_dict.items() if _GATE.search(name)):
         raise ValueError(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
         )
     card = card or model_card(model, f'local-dir:{folder}')
-    parent = Path(folder).absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as tmp:
-            out = os.path.join(tmp, 'model')
-            requires = {'requires': ['timm_mrla']}
-            view = View(plain, state_dict=lambda: state_dict)
-            save_for_hf(view, out, model_config=requires, data_config=data_config, safe_serialization=True)
-            card.save(os.path.join(out, 'README.md'))
-            os.rename(out, folder)
-    except (OSError, SafetensorError) as e:
-        raise OSError(f'{str(folder)!r} cannot be written: {e}') from e
+    requires = {'requires': ['timm_mrla']}
+    with new_folder(folder) as out:
+        view = View(plain, state_dict=lambda: state_dict)
+        save_for_hf(view, out, model_config=requires, data_config=data_config, safe_serialization=True)
+        card.save(os.path.join(out, 'README.md'))
 
 
 def push_to_hub(
@@ -285,13 +319,23 @@ def push_to_hub(
     check_repo(repo_id)
     card = card or model_card(model, f'hf-hub:{repo_id}')
     card.content = re.sub(r'local-dir:[^\'"`]+', f'hf-hub:{repo_id}', card.content)
-    api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
-    address = f'{api.endpoint}/{repo_id}'
     with tempfile.TemporaryDirectory() as tmp:
         folder = os.path.join(tmp, 'model')
         save_pretrained(model, folder, card)
-        if not os.path.exists(folder):  # this is not the first process
-            return address
+        return upload(folder, repo_id, token, private, commit_message)
+
+
+def upload(
+    folder: str,
+    repo_id: str,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str = 'Add model',
+) -> str:
+    """Publish a folder in a repository of the Hub, if this process has written it; else as `push_to_hub`."""
+    check_repo(repo_id)
+    api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
+    if os.path.exists(folder):
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             ignore = ['README.md'] if api.file_exists(repo_id, 'README.md') else None
@@ -300,4 +344,4 @@ def push_to_hub(
             )
         except Exception as e:  # among them those of the HTTP library, which changes with the client's version
             raise RuntimeError(f'{repo_id} cannot be pushed: {e}') from e
-    return address
+    return f'{api.endpoint}/{repo_id}'

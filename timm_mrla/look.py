@@ -8,25 +8,14 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_mrla.attention import by_block, feature_maps, find, layer_attention
 from timm_mrla.hub import check_file, check_model, load_checkpoint
+from timm_mrla.picture import check_picture, open_image
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
 __all__ = ['look']
-
-
-def _open(path: str) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except FileNotFoundError:
-        raise FileNotFoundError(f'there is no image {path!r}') from None
-    except OSError as e:
-        raise ValueError(f'{path!r} is not an image that Pillow reads') from e
 
 
 def look(
@@ -60,15 +49,10 @@ def look(
         OSError: There is no such file, or the picture cannot be written.
     """
     out = Path(out)
-    if out.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise ValueError(f"{str(out)!r} does not end like a picture; '.png' does")
-    if out.is_dir():
-        raise IsADirectoryError(f'{str(out)!r} is a folder; name a picture')
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
-        raise OSError(f'there is no folder {str(out.parent)!r} that can be written to')
+    check_picture(out, {f'.{ending}' for ending in Figure().canvas.get_supported_filetypes()})
     for path in checkpoints or []:
         check_file(path)
-    opened = [_open(image) for image in images]
+    opened = [open_image(image) for image in images]
 
     if ':' not in model:  # else timm finds out what model it is in a folder or repository
         check_model(model)
