@@ -404,7 +404,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(('arguments', 'message'), BAD, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(('arguments', 'message'), BAD, ids=[message for _, message in BAD])
 def test_bad_input(arguments, message, files, hub):
     """One sentence, before anything is downloaded."""
     arguments = {'builder': mask_rcnn, 'backbone': 'resnet18_mrla', **arguments}
