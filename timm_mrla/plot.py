@@ -1,10 +1,13 @@
-"""Draws what `timm_mrla.attention` computes, in colours that colour-blind readers can tell apart."""
+"""Draws what `timm_mrla.attention` computes and what `timm_mrla.compare` finds, in colours that colour-blind readers can tell apart."""
 
 import math
 from textwrap import fill
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -12,7 +15,7 @@ from matplotlib.figure import Figure
 
 from timm_mrla.attention import LayerAttention
 
-__all__ = ['plot_attention', 'plot_feature_maps']
+__all__ = ['plot_attention', 'plot_comparison', 'plot_feature_maps']
 
 # in inches
 _LETTER = 0.085  # width of a letter of 10 points
@@ -152,4 +155,51 @@ def plot_feature_maps(before: torch.Tensor, after: torch.Tensor, heading: str, t
                 ax.spines[:].set_visible(False)
         axes[0, 0].set_ylabel('before', fontsize=8)
         axes[1, 0].set_ylabel('after', fontsize=8)
+    return fig
+
+
+def plot_comparison(results: dict[str, Any]) -> Figure:
+    """Learning curves, mean and range over seeds, and the paired differences to the plain backbones.
+
+    Args:
+        results: What `timm_mrla.compare.compare` writes as JSON.
+    """
+    metric, rows = results['metric'], [row for row in results['comparisons'] if 'difference' in row]
+    plain = [name for name in results['arms'] if name not in [row['model'] for row in results['comparisons']]]
+    ours = [name for name in results['arms'] if name not in plain]
+    shades = dict(zip(ours, colormaps['cividis'](np.linspace(0, 0.8, len(ours))), strict=True))
+    styles = dict(zip(plain, ('-', '--', ':', '-.') * len(plain), strict=False))
+
+    fig = Figure(figsize=(10, 3.6 + 0.2 * len(results['arms'])), dpi=120, layout='constrained')
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    for name, arm in results['arms'].items():
+        curves = [{int(epoch): value for epoch, value in run['curve'].items()} for run in arm['runs'].values()]
+        if not curves:
+            continue
+        epochs = sorted(set.intersection(*map(set, curves)))
+        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        look = {'color': shades.get(name, 'darkorange')}
+        left.plot(epochs, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
+        left.fill_between(epochs, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
+    left.set(xlabel='epoch', ylabel=metric)
+    left.set_title('mean and range over seeds', fontsize=10, loc='left')
+
+    for y, row in enumerate(rows):
+        color, gap = shades[row['model']], row['difference']
+        right.plot(row['differences'], [y] * len(row['differences']), 'o', color=color, alpha=0.4, markeredgewidth=0)
+        right.errorbar(
+            gap['mean'],
+            y + 0.25,
+            xerr=[[gap['mean'] - gap['low']], [gap['high'] - gap['mean']]],
+            fmt='D',
+            color=color,
+            capsize=4,
+        )
+    right.axvline(0, color='darkorange', zorder=0)
+    right.set(yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
+    right.set_yticklabels([row['model'] for row in rows])
+    right.set_title('pairs of one seed; mean and 95 % interval', fontsize=10, loc='left')
+    fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
+    for ax in (left, right):
+        ax.spines[['top', 'right']].set_visible(False)
     return fig
