@@ -1,4 +1,4 @@
-"""Draws what `timm_mrla.attention` computes and what `timm_mrla.compare` finds, in colours that colour-blind readers can tell apart."""
+"""Draws attention and comparisons, in colours that colour-blind readers can tell apart."""
 
 import math
 from textwrap import fill
