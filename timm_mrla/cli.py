@@ -95,14 +95,17 @@ def _attention(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     try:
-        from timm_mrla.compare import compare
+        from timm_mrla.compare import compare, report
     except ModuleNotFoundError as e:
         raise ValueError(f"comparing needs {e.name}: pip install 'timm-mrla[compare]'") from e
     devices = args.devices.split(',') if args.devices else [None] * args.jobs
     try:
-        print(compare(args.script, args.model, args.out, args.train_args, args.seeds, args.metric, devices))
+        results = compare(args.script, args.model, args.out, args.train_args, args.seeds, args.metric, devices)
     except KeyboardInterrupt:
         sys.exit('timm-mrla: stopped; the same command goes on from here')
+    print(report(results))
+    if results['failed']:
+        sys.exit(1)
 
 
 def main() -> None:

@@ -247,32 +247,38 @@ def _claim(out: Path, comparison: dict[str, Any]) -> None:
         _write(path, json.dumps(comparison, indent=2) + '\n')
 
 
+def _check_metric(runs: list[Run], column: str) -> None:
+    """Raise ValueError if runs have written results without a metric."""
+    for run in runs:
+        row = next(iter(run.rows().values()), {column: ''})
+        if column not in row:
+            written = ', '.join(name for name in row if name.startswith('eval_'))
+            raise ValueError(f'train.py writes no {column}; it writes {written or "no metric at all"}')
+
+
 def _train(runs: list[Run], script: str, args: argparse.Namespace, devices: list[str | None], column: str) -> None:
     """Do the runs, one on each device at a time; a failed one is reported, and the others go on."""
-    form = '{l_bar}{bar}| {n:.2f} of {total} runs [{elapsed} gone, {remaining} left]'
+    form = '{l_bar}{bar}| {n:.2f} of {total} runs, {elapsed} gone, {remaining} left'
     done = {run.name: run.progress() for run in runs}
     waiting, running = [run for run in runs if done[run.name] < 1], {}
-    with tqdm(total=len(runs), initial=sum(done.values()), bar_format=form, smoothing=0) as bar:
+    with tqdm(total=len(runs), initial=sum(done.values()), bar_format=form, smoothing=0, mininterval=1) as bar:
         try:
             while waiting or running:
                 for slot, device in enumerate(devices):
                     if waiting and slot not in running:
                         run = waiting.pop(0)
                         running[slot] = run, run.start(script, args, device)
+                bar.set_description(', '.join(run.name for run, _ in running.values()), refresh=False)
                 time.sleep(0.5)
                 for slot, (run, process) in [*running.items()]:
                     ended = process.poll() is not None
                     done[run.name] = run.progress()
-                    rows = run.rows()
-                    if rows and column not in rows[max(rows)]:
-                        written = ', '.join(name for name in rows[max(rows)] if name.startswith('eval_'))
-                        raise ValueError(f'train.py writes no {column}; it writes {written or "no metric"}')
+                    _check_metric([run], column)
                     if ended:
                         del running[slot]
                         if done[run.name] < 1:
                             bar.write(f'{run.name} failed; the end of {run.log_path}:\n{run.log()[-2000:]}', sys.stderr)
-                bar.n = sum(done.values())
-                bar.set_description(', '.join(run.name for run, _ in running.values()))
+                bar.update(sum(done.values()) - bar.n)
         finally:
             for _, process in running.values():
                 process.terminate()
@@ -287,7 +293,7 @@ def compare(
     seeds: int = 5,
     metric: str = 'top1',
     devices: list[str | None] = [None],  # noqa: B006
-) -> str:
+) -> dict[str, Any]:
     """Train models and their plain backbones once for each seed, and report what differs.
 
     Args:
@@ -301,7 +307,7 @@ def compare(
         devices: So many runs at once, each with one of these as its CUDA_VISIBLE_DEVICES, or as it is if None.
 
     Returns:
-        The report, in Markdown.
+        What is in results.json.
 
     Raises:
         ValueError: An argument is wrong, train.py does not write the metric, or no run came to its end.
@@ -322,6 +328,7 @@ def compare(
     _claim(path, {'models': models, 'arguments': train_args})
     arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
     runs = [Run(arm, seed, path / 'runs' / arm.name / str(seed)) for seed in range(seeds) for arm in arms]
+    _check_metric(runs, f'eval_{metric}')
     try:
         with FileLock(path / '.lock', timeout=0):
             _train(runs, script, args, devices, f'eval_{metric}')
@@ -336,8 +343,7 @@ def compare(
         'runs_at_once': len(devices),
         **_results(runs, pairs, metric),
     }
-    text = report(results)
     _write(path / 'results.json', json.dumps(results, indent=2) + '\n')
-    _write(path / 'results.md', text)
+    _write(path / 'results.md', report(results))
     plot_comparison(results).savefig(path / 'results.png')
-    return text
+    return results

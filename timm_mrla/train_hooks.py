@@ -7,13 +7,16 @@ not outlive what started it.
 
 import atexit
 import os
-import sys
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import torch
 from timm.utils import random_seed
 from torch.utils.data import RandomSampler, dataloader
+
+_STATUS = Path('/proc/self/status')  # Linux
 
 
 class EpochSampler(RandomSampler):
@@ -31,12 +34,11 @@ class EpochSampler(RandomSampler):
 def _tell_memory() -> None:
     if torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated()
-    elif os.name == 'nt':
-        return
+    elif _STATUS.exists():
+        # getrusage would begin with the memory of the process that started this one
+        peak = 1024 * int(re.search(r'VmHWM:\s*(\d+)', _STATUS.read_text())[1])
     else:
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        return
     print(f'Peak memory: {peak / 2**20:.0f} MiB', flush=True)
 
 
