@@ -1,5 +1,6 @@
 """Draws attention and comparisons, in colours that colour-blind readers can tell apart."""
 
+import itertools
 import math
 from textwrap import fill
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from timm_mrla.attention import LayerAttention
 
@@ -164,41 +166,37 @@ def plot_comparison(results: dict[str, Any]) -> Figure:
     Args:
         results: What `timm_mrla.compare.compare` writes as JSON.
     """
-    metric, rows = results['metric'], [row for row in results['comparisons'] if 'difference' in row]
-    plain = [name for name in results['arms'] if name not in [row['model'] for row in results['comparisons']]]
-    ours = [name for name in results['arms'] if name not in plain]
-    shades = dict(zip(ours, colormaps['cividis'](np.linspace(0, 0.8, len(ours))), strict=True))
-    styles = dict(zip(plain, ('-', '--', ':', '-.') * len(plain), strict=False))
+    metric, models = results['metric'], [row['model'] for row in results['comparisons']]
+    rows = [row for row in results['comparisons'] if 'difference' in row]
+    plain = [name for name in results['arms'] if name not in models]
+    colors = dict(zip(models, colormaps['cividis'](np.linspace(0, 0.8, len(models))), strict=True))
+    # those that have no colour are plain
+    styles = dict(zip(plain, itertools.cycle(['-', '--', ':', '-.']), strict=False))
 
-    fig = Figure(figsize=(10, 3.6 + 0.2 * len(results['arms'])), dpi=120, layout='constrained')
+    height = 3.2 + 0.7 * max(0, len(rows) - 2) + 0.2 * math.ceil(len(results['arms']) / 2)
+    fig = Figure(figsize=(10, height), dpi=120, layout='constrained')
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     for name, arm in results['arms'].items():
         curves = [{int(epoch): value for epoch, value in run['curve'].items()} for run in arm['runs'].values()]
-        if not curves:
-            continue
-        epochs = sorted(set.intersection(*map(set, curves)))
-        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-        look = {'color': shades.get(name, 'darkorange')}
-        left.plot(epochs, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
-        left.fill_between(epochs, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
-    left.set(xlabel='epoch', ylabel=metric)
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves]).reshape(-1, len(epochs))
+        look = {'color': colors.get(name, 'darkorange')}
+        if epochs:
+            x = [epoch + 1 for epoch in epochs]
+            left.plot(x, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
+            left.fill_between(x, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
+    left.set(xlabel='epochs', ylabel=metric)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_title('mean and range over seeds', fontsize=10, loc='left')
 
     for y, row in enumerate(rows):
-        color, gap = shades[row['model']], row['difference']
-        right.plot(row['differences'], [y] * len(row['differences']), 'o', color=color, alpha=0.4, markeredgewidth=0)
-        right.errorbar(
-            gap['mean'],
-            y + 0.25,
-            xerr=[[gap['mean'] - gap['low']], [gap['high'] - gap['mean']]],
-            fmt='D',
-            color=color,
-            capsize=4,
-        )
+        look, gap = {'color': colors[row['model']]}, row['difference']
+        right.plot(row['differences'], [y - 0.1] * len(row['differences']), 'o', alpha=0.4, markeredgewidth=0, **look)
+        right.errorbar(gap['mean'], y + 0.1, xerr=(gap['high'] - gap['low']) / 2, fmt='D', capsize=4, **look)
     right.axvline(0, color='darkorange', zorder=0)
     right.set(yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
-    right.set_yticklabels([row['model'] for row in rows])
-    right.set_title('pairs of one seed; mean and 95 % interval', fontsize=10, loc='left')
+    right.set_yticklabels([fill(row['model'].replace('.', ' .'), 24) for row in rows], fontsize=8)
+    right.set_title('differences by seed; mean and 95 % interval', fontsize=10, loc='left')
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     for ax in (left, right):
         ax.spines[['top', 'right']].set_visible(False)
