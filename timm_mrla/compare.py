@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -256,7 +257,7 @@ def _check_metric(runs: list[Run], column: str) -> None:
             raise ValueError(f'train.py writes no {column}; it writes {written or "no metric at all"}')
 
 
-def _train(runs: list[Run], script: str, args: argparse.Namespace, devices: list[str | None], column: str) -> None:
+def _train(runs: list[Run], script: str, args: argparse.Namespace, devices: Sequence[str | None], column: str) -> None:
     """Do the runs, one on each device at a time; a failed one is reported, and the others go on."""
     form = '{l_bar}{bar}| {n:.2f} of {total} runs, {elapsed} gone, {remaining} left'
     done = {run.name: run.progress() for run in runs}
@@ -292,7 +293,7 @@ def compare(
     train_args: list[str],
     seeds: int = 5,
     metric: str = 'top1',
-    devices: list[str | None] = [None],  # noqa: B006
+    devices: Sequence[str | None] = (None,),
 ) -> dict[str, Any]:
     """Train models and their plain backbones once for each seed, and report what differs.
 

@@ -178,13 +178,13 @@ def plot_comparison(results: dict[str, Any]) -> Figure:
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     for name, arm in results['arms'].items():
         curves = [{int(epoch): value for epoch, value in run['curve'].items()} for run in arm['runs'].values()]
-        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
-        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves]).reshape(-1, len(epochs))
-        look = {'color': colors.get(name, 'darkorange')}
-        if epochs:
-            x = [epoch + 1 for epoch in epochs]
-            left.plot(x, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
-            left.fill_between(x, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
+        if not curves:
+            continue
+        epochs = sorted(set.intersection(*map(set, curves)))
+        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        x, look = [epoch + 1 for epoch in epochs], {'color': colors.get(name, 'darkorange')}
+        left.plot(x, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
+        left.fill_between(x, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
     left.set(xlabel='epochs', ylabel=metric)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_title('mean and range over seeds', fontsize=10, loc='left')
@@ -194,7 +194,7 @@ def plot_comparison(results: dict[str, Any]) -> Figure:
         right.plot(row['differences'], [y - 0.1] * len(row['differences']), 'o', alpha=0.4, markeredgewidth=0, **look)
         right.errorbar(gap['mean'], y + 0.1, xerr=(gap['high'] - gap['low']) / 2, fmt='D', capsize=4, **look)
     right.axvline(0, color='darkorange', zorder=0)
-    right.set(yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
+    right.set(yticks=range(len(rows)), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
     right.set_yticklabels([fill(row['model'].replace('.', ' .'), 24) for row in rows], fontsize=8)
     right.set_title('differences by seed; mean and 95 % interval', fontsize=10, loc='left')
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
