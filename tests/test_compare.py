@@ -14,14 +14,17 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
+from readme import README
 from scipy import stats
 from test_scripts import SCRIPTS
 from test_scripts import pytestmark as needs_scripts
 
 from timm_mrla.cli import main
+from timm_mrla.compare import report
 from timm_mrla.paired import conclusion, difference, interval
 
 PLAIN = [79.1, 80.4, 78.8, 81.0, 79.9, 80.2]
+RESULTS = sorted((Path(__file__).parent.parent / 'benchmarks' / 'results').glob('*.json'))
 OURS = [80.3, 80.9, 80.1, 81.2, 81.4, 79.0]
 
 
@@ -112,6 +115,24 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     message = refusal(['train.py', '--model', 'resnet18_mrla', '--out', 'new'], monkeypatch, capsys)
     assert f'needs {module}' in message
     assert "pip install 'timm-mrla[compare]'" in message
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=lambda path: path.stem)
+def test_what_is_reported_is_what_was_measured(path):
+    """Tables and sentences are those of the JSON files, and the differences in the README too."""
+    results = json.loads(path.read_text())
+    text = ' '.join((path.parent.parent / 'README.md').read_text().split())
+    assert ' '.join(report(results).partition('\n\n')[0].split()) in text
+    for row in results['comparisons']:
+        last = {
+            arm: {seed: [*run['curve'].values()][-1] for seed, run in results['arms'][arm]['runs'].items()}
+            for arm in (row['model'], row['plain'])
+        }
+        assert len(row['seeds']) == len(last[row['model']]) == len(last[row['plain']])
+        found = difference(*([by_seed[str(seed)] for seed in row['seeds']] for by_seed in last.values()))
+        assert found == pytest.approx(row['difference'].values())
+        assert row['conclusion'] in text
+        assert path.stem.startswith('tune') or found.text('+.3g') in ' '.join(README.split())
 
 
 def command(out, models, *args, options=()):
@@ -212,9 +233,11 @@ class TestRuns:
         out = tmp_path / 'out'
         args = ['--data-dir', images, '--epochs', 40, '--save-images', '--log-interval', 1]
         args += ['--model-kwargs', 'channels=(8,16,32,64)']
-        options = ['--devices', '5,7']
         first = subprocess.Popen(
-            command(out, ['resnet18_mrla'], *args, options=options), stderr=subprocess.PIPE, text=True
+            command(out, ['resnet18_mrla'], *args, options=['--devices', '5,7']),
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
         )
         plain, ours = out / 'runs' / 'resnet18' / '0', out / 'runs' / 'resnet18_mrla' / '0'
         wait_for(lambda: (plain / 'last.pth.tar').exists() and (ours / 'last.pth.tar').exists())
