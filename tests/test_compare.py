@@ -54,6 +54,7 @@ def test_equal_runs_differ_by_zero():
         ([p - 1 - 0.1 * i for i, p in enumerate(PLAIN)], True, 'was better than'),
         (OURS, False, 'No difference was found'),
         (OURS, True, 'No difference was found'),
+        ([float('nan')] * 6, False, 'No difference was found'),
     ],
 )
 @pytest.mark.parametrize('pairs', [3, 6])

@@ -219,7 +219,7 @@ def report(results: dict[str, Any]) -> str:
         '\n'.join(f'| {" | ".join(line)} |' for line in lines),
         *(row['conclusion'] for row in results['comparisons']),
         f'{metric} after the last epoch: mean and 95 % interval over seeds, and of the differences between runs of one '
-        'seed. The intervals speak of other seeds, not of other data.',
+        'seed. The intervals speak of other seeds, not of other data, and each of one model alone.',
         *([f'Failed: {"; ".join(results["failed"])}.'] if results['failed'] else []),
         f'`train.py {shlex.join(results["arguments"])}`; {"; ".join(f"{k} {v}" for k, v in machine.items())}',
     ]

@@ -36,7 +36,7 @@ def difference(values: list[float], plain: list[float]) -> Interval:
 def conclusion(model: str, plain: str, metric: str, found: Interval, pairs: int, lower_is_better: bool) -> str:
     """One sentence that says what a difference of a model to its plain backbone, over so many pairs, means."""
     numbers = f'{metric} {found.text("+.3g")} over {pairs} seeds'
-    if found.low <= 0 <= found.high:
+    if not (found.low > 0 or found.high < 0):  # also if there is no number
         return f'No difference was found between {model} and {plain}: {numbers}; all within the interval is possible.'
     word = 'worse' if (found.mean < 0) != lower_is_better else 'better'
     caution = '; so few seeds give a lead, not a result' if pairs < 5 else ''
