@@ -28,7 +28,7 @@ from timm_mrla.hub import check_model
 from timm_mrla.machine import about
 from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
 from timm_mrla.models._weights import TAG
-from timm_mrla.paired import Interval, conclusion, difference, interval
+from timm_mrla.paired import Interval, conclusion, interval
 from timm_mrla.plot import plot_comparison
 
 __all__ = ['compare', 'report']
@@ -172,11 +172,11 @@ def _results(runs: list[Run], pairs: dict[str, tuple[Arm, Arm]], metric: str) ->
         if len(seeds) < 2:
             row['conclusion'] = f'Nothing can be said of {model}: fewer than two seeds came to their end with both.'
         else:
-            a, b = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
-            lower, gap = metric == 'loss', difference(a, b)
-            row['differences'] = [x - y for x, y in zip(a, b, strict=True)]
+            gaps, lower = [ours[seed] - theirs[seed] for seed in seeds], metric == 'loss'
+            gap = interval(gaps)
+            row['differences'] = gaps
             row['difference'] = gap._asdict()
-            row['ahead'] = sum((x < y) if lower else (x > y) for x, y in zip(a, b, strict=True))
+            row['ahead'] = sum((x < 0) if lower else (x > 0) for x in gaps)
             row['conclusion'] = conclusion(model, plain.name, metric, gap, len(seeds), lower)
         comparisons.append(row)
 

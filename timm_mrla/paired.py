@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from scipy import stats
 
-__all__ = ['Interval', 'conclusion', 'difference', 'interval']
+__all__ = ['Interval', 'conclusion', 'interval']
 
 
 class Interval(NamedTuple):
@@ -21,16 +21,9 @@ class Interval(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """The mean of two or more values, with the t interval."""
+    """The mean of two or more values, such as paired differences, with the t interval."""
     found = stats.ttest_1samp(values, 0)
     return Interval(sum(values) / len(values), *map(float, found.confidence_interval(0.95)))
-
-
-def difference(values: list[float], plain: list[float]) -> Interval:
-    """The mean of value minus plain over two or more pairs, with the t interval of the paired differences."""
-    found = stats.ttest_rel(values, plain)
-    mean = sum(values) / len(values) - sum(plain) / len(plain)
-    return Interval(mean, *map(float, found.confidence_interval(0.95)))
 
 
 def conclusion(model: str, plain: str, metric: str, found: Interval, pairs: int, lower_is_better: bool) -> str:
