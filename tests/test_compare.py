@@ -131,7 +131,10 @@ def test_what_is_reported_is_what_was_measured(path):
         found = gaps(*([by_seed[str(seed)] for seed in row['seeds']] for by_seed in last.values()))
         assert found == pytest.approx(row['difference'].values())
         assert row['conclusion'] in text
-        assert path.stem.startswith('tune') or found.text('+.3g') in ' '.join(README.split())
+        assert found.text('+.3g') in ' '.join(README.split())
+    for tried in (path.parent / 'tune').glob(f'{path.stem}-*.json'):
+        means = [arm['top1']['mean'] for arm in json.loads(tried.read_text())['arms'].values()]
+        assert ' | '.join(f'{mean:.2f}' for mean in means) in text
 
 
 def command(out, models, *args, options=()):
