@@ -132,7 +132,7 @@ def test_what_is_reported_is_what_was_measured(path):
         }
         assert len(row['seeds']) == len(last[row['model']]) == len(last[row['plain']])
         found = gaps(*([by_seed[str(seed)] for seed in row['seeds']] for by_seed in last.values()))
-        assert found == pytest.approx(row['difference'].values())
+        assert found == pytest.approx((*row['difference'].values(),))
         assert row['conclusion'] in text
         assert found.text('+.3g') in ' '.join(README.split())
     for tried in (path.parent / 'tune').glob(f'{path.stem}-*.json'):
