@@ -15,13 +15,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
-from timm_mrla.models._registry import BACKBONES
+from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
 
 
 def backbone(name: str) -> tuple[str, dict[str, object]]:
     """The plain timm model of an entry, as arguments of `timm.create_model`. CeiT, which timm lacks, is its own."""
-    deep_stem = name.startswith('resnet') and name.endswith('_mrlab')
-    return BACKBONES.get(name, name), {'stem_type': 'deep', 'stem_width': 32} if deep_stem else {}
+    return BACKBONES.get(name, name), MODEL_ARGS.get(name, {})
 
 
 FAMILIES = ('resnet', 'deit', 'ceit', 'efficientnet', 'pvt_v2')

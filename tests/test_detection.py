@@ -136,7 +136,8 @@ def test_layer_attention_at_the_identity_is_the_plain_backbone_and_torchvisions(
     assert not rest.unexpected_keys
     assert all('.mrla.' in name for name in rest.missing_keys)
     for layer in layer_attentions(ours).values():
-        layer.zero_gates()
+        for gate in layer.gates():
+            nn.init.zeros_(gate)
     assert_same(ours, plain)
     nn.init.ones_(ours.backbone.body.layer4[2].mrla.norm.weight)
     with pytest.raises(AssertionError):

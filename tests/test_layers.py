@@ -7,7 +7,8 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_mrla.layers import LightWeights, MrlaBase, MrlaLight
+from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers.weights import LightWeights
 
 DIM, HEAD = 32, 8
 DD = {'dtype': torch.float64}

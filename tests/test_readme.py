@@ -12,7 +12,7 @@ from flops import family, paper_entries
 from readme import README, RECIPES, code, sections
 
 from timm_mrla.hub import save_pretrained
-from timm_mrla.layers import LightWeights
+from timm_mrla.layers.weights import LightWeights
 from timm_mrla.models._registry import BACKBONES
 
 

@@ -8,7 +8,8 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 import timm_mrla  # noqa: F401
-from timm_mrla.layers import InferenceBase, InferenceLight, MrlaBase, MrlaLight, layer_attentions
+from timm_mrla.layers import MrlaBase, MrlaLight, layer_attentions
+from timm_mrla.layers.inference import InferenceBase, InferenceLight
 
 MODELS = [
     'resnet18_mrla',

@@ -1,14 +1,17 @@
 """Warm starts from timm's plain backbones, whose weights are random here and come from tests/hub.py."""
 
+import copy
 import json
 import logging
+import pickle
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from flops import backbone
-from timm.models import get_pretrained_cfg, save_for_hf
+from timm.models import get_pretrained_cfg, group_parameters, save_for_hf
+from timm.optim import param_groups_layer_decay
 
 from timm_mrla.hub import push_to_hub, save_pretrained
 from timm_mrla.layers import layer_attentions
@@ -80,6 +83,28 @@ def test_it_can_be_adapted(name, hub):
         indices = features.feature_info.out_indices
         expected = plain.forward_intermediates(x, intermediates_only=True)
         assert all(torch.equal(y, expected[i]) for y, i in zip(features(x), indices, strict=True))
+
+
+@pytest.mark.parametrize('name', WARM)
+def test_layer_decay_takes_it_for_as_new_as_the_head(name, hub, tmp_path):
+    """Until it is saved and loaded as a trained model: then it has the rate of its block, as from the start."""
+    plain, model = add_backbone(hub, name), warm(name)
+    for ours in (model, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
+        expected, groups = (group_parameters(m, m.group_matcher(), reverse=True) for m in (plain, ours))
+        assert {k: v for k, v in groups.items() if '.mrla.' not in k} == expected
+        assert {v for k, v in groups.items() if '.mrla.' in k} == {max(expected.values())}
+    head = {k for k, v in expected.items() if v == max(expected.values())}
+    (no_decay, decay) = param_groups_layer_decay(model, layer_decay=1e-9, no_opt_scale=0.5)
+    assert no_decay['lr_scale'] == decay['lr_scale'] == 1
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert trained == head | {k for k in groups if '.mrla.' in k}
+
+    save_pretrained(randomize(model), tmp_path / 'trained')
+    loaded = timm.create_model(f'local-dir:{tmp_path}/trained', pretrained=True)
+    fresh = timm.create_model(name)
+    expected, groups = (group_parameters(m, m.group_matcher(), reverse=True) for m in (fresh, loaded))
+    assert groups == expected
+    assert max(v for k, v in groups.items() if '.mrla.' in k) < max(groups.values())
 
 
 def test_deit_that_pools_its_patches(hub):

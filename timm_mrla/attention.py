@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_mrla.layers import InferenceBase, InferenceLight, MrlaBase, layer_attentions, to_map
+from timm_mrla.layers import MrlaBase, layer_attentions, to_map
+from timm_mrla.layers.inference import InferenceBase, InferenceLight
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import sys
 
 from timm_mrla import __version__
 from timm_mrla.launcher import launch
@@ -106,6 +107,21 @@ def _detect(args: argparse.Namespace) -> None:
     detect(args.model, args.images, args.out)
 
 
+def _compare(args: argparse.Namespace) -> None:
+    try:
+        from timm_mrla.compare import compare, report
+    except ModuleNotFoundError as e:
+        raise ValueError(f"comparing needs {e.name}: pip install 'timm-mrla[compare]'") from e
+    devices = args.devices.split(',') if args.devices else [None] * args.jobs
+    try:
+        results = compare(args.script, args.model, args.out, args.train_args, args.seeds, args.metric, devices)
+    except KeyboardInterrupt:
+        sys.exit('timm-mrla: stopped; the same command goes on from here')
+    print(report(results))
+    if results['failed']:
+        sys.exit(1)
+
+
 def main() -> None:
     """Parse the command line and run its command."""
     parser = argparse.ArgumentParser(prog='timm-mrla', description='Models with layer attention (MRLA) for timm.')
@@ -180,7 +196,33 @@ def main() -> None:
     detect.add_argument('--out', default='detections.png', help='picture to write (default: %(default)s)')
     detect.set_defaults(fn=_detect)
 
-    args = parser.parse_args()
+    comparison = commands.add_parser(
+        'compare',
+        help="train models and their plain backbones alike with timm's train.py, and report what differs",
+        usage='%(prog)s [options] TRAIN_PY --model NAME [NAME ...] --out DIR -- ARGUMENTS OF TRAIN_PY',
+    )
+    comparison.add_argument('script', metavar='TRAIN_PY', help="path of timm's train.py")
+    comparison.add_argument(
+        '--model', nargs='+', required=True, metavar='NAME', help='names of models, with or without .warmstart_TAG'
+    )
+    comparison.add_argument(
+        '--out', required=True, metavar='DIR', help='folder of the comparison; the same again goes on with it'
+    )
+    comparison.add_argument(
+        '--seeds', type=int, default=5, metavar='N', help='runs of each model (default: %(default)s)'
+    )
+    comparison.add_argument('--metric', default='top1', help='top1, top5 or loss (default: %(default)s)')
+    at_once = comparison.add_mutually_exclusive_group()
+    at_once.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at once (default: %(default)s)')
+    at_once.add_argument('--devices', metavar='0,1,...', help='GPUs, each with one run at a time')
+    comparison.set_defaults(fn=_compare)
+
+    argv, train_args = sys.argv[1:], []
+    if argv[:1] == ['compare'] and '--' in argv:
+        end = argv.index('--')
+        argv, train_args = argv[:end], argv[end + 1 :]
+    args = parser.parse_args(argv)
+    args.train_args = train_args
     try:
         args.fn(args)
     except (ValueError, RuntimeError, OSError) as e:

@@ -1,18 +1,23 @@
-"""Draws what `timm_mrla.attention` computes, in colours that colour-blind readers can tell apart."""
+"""Draws attention and comparisons, in colours that colour-blind readers can tell apart."""
 
+import itertools
 import math
 from textwrap import fill
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from timm_mrla.attention import LayerAttention
 
-__all__ = ['plot_attention', 'plot_feature_maps']
+__all__ = ['plot_attention', 'plot_comparison', 'plot_feature_maps']
 
 # in inches
 _LETTER = 0.085  # width of a letter of 10 points
@@ -152,4 +157,47 @@ def plot_feature_maps(before: torch.Tensor, after: torch.Tensor, heading: str, t
                 ax.spines[:].set_visible(False)
         axes[0, 0].set_ylabel('before', fontsize=8)
         axes[1, 0].set_ylabel('after', fontsize=8)
+    return fig
+
+
+def plot_comparison(results: dict[str, Any]) -> Figure:
+    """Learning curves, mean and range over seeds, and the paired differences to the plain backbones.
+
+    Args:
+        results: What `timm_mrla.compare.compare` writes as JSON.
+    """
+    metric, models = results['metric'], [row['model'] for row in results['comparisons']]
+    rows = [row for row in results['comparisons'] if 'difference' in row]
+    plain = [name for name in results['arms'] if name not in models]
+    colors = dict(zip(models, colormaps['cividis'](np.linspace(0, 0.8, len(models))), strict=True))
+    # those that have no colour are plain
+    styles = dict(zip(plain, itertools.cycle(['-', '--', ':', '-.']), strict=False))
+
+    height = 3.2 + 0.7 * max(0, len(rows) - 2) + 0.2 * math.ceil(len(results['arms']) / 2)
+    fig = Figure(figsize=(10, height), dpi=120, layout='constrained')
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    for name, arm in results['arms'].items():
+        curves = [{int(epoch): value for epoch, value in run['curve'].items()} for run in arm['runs'].values()]
+        if not curves:
+            continue
+        epochs = sorted(set.intersection(*map(set, curves)))
+        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        x, look = [epoch + 1 for epoch in epochs], {'color': colors.get(name, 'darkorange')}
+        left.plot(x, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
+        left.fill_between(x, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
+    left.set(xlabel='epochs', ylabel=metric)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_title('mean and range over seeds', fontsize=10, loc='left')
+
+    for y, row in enumerate(rows):
+        look, gap = {'color': colors[row['model']]}, row['difference']
+        right.plot(row['differences'], [y - 0.1] * len(row['differences']), 'o', alpha=0.4, markeredgewidth=0, **look)
+        right.errorbar(gap['mean'], y + 0.1, xerr=(gap['high'] - gap['low']) / 2, fmt='D', capsize=4, **look)
+    right.axvline(0, color='darkorange', zorder=0)
+    right.set(yticks=range(len(rows)), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
+    right.set_yticklabels([row['model'].replace('.', '\n') for row in rows], fontsize=8)
+    right.set_title('differences by seed; mean and 95 % interval', fontsize=10, loc='left')
+    fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
+    for ax in (left, right):
+        ax.spines[['top', 'right']].set_visible(False)
     return fig

@@ -89,11 +89,6 @@ class _LayerAttention(nn.Module):
         """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
         return [*self.norm.parameters(), *self.norm_x.parameters()]
 
-    def zero_gates(self) -> None:
-        """Make it add exactly nothing until it is trained."""
-        for gate in self.gates():
-            nn.init.zeros_(gate)
-
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """What is added to x, but for drop_path: a map, and to a normed prefix itself."""
         if prefix is not None and self.form == 'post':
@@ -107,12 +102,7 @@ class MrlaLight(_LayerAttention):
     weights_layer = LightWeights
 
     def __init__(self, dim: int, dim_head: int, norm_layer: Norm, *args, norm_o=True, norm_v=None, **kwargs) -> None:
-        """
-        Args:
-            norm_o: In the form `pre`, norm o before it is read.
-            norm_v: Norm of the value, a map.
-            dim, dim_head, norm_layer, *args, **kwargs: As in MRLA-base.
-        """
+        """As MRLA-base; norm_o says to norm o before it is read in the form `pre`, norm_v makes a norm of the value."""
         super().__init__(dim, dim_head, norm_layer, *args, **kwargs)
         dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
         self.norm_o = norm_layer(dim, **dd) if self.form == 'pre' and norm_o else nn.Identity()

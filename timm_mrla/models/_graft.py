@@ -17,6 +17,7 @@ from timm import layers
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
+from timm_mrla.models._weights import start_as_backbone
 
 # norms over the last dimension -> their like for maps [B, C, H, W]
 _LIKE = {
@@ -148,8 +149,8 @@ class _Block:
         return Site(name, cls.stock.__name__, channels, recipe.form, layout, reason)
 
     @classmethod
-    def graft(cls, block: nn.Module, site: Site, drop_path: float | None) -> nn.Module:
-        """Make a block one of this class, and return its layer attention."""
+    def graft(cls, block: nn.Module, site: Site, drop_path: float | None) -> None:
+        """Make a block one of this class."""
         recipe, dd, dim = cls.recipe, layers.get_device_dtype(block), site.channels
         if recipe.num_heads:
             dim_head = dim // math.gcd(dim, recipe.num_heads)
@@ -164,7 +165,6 @@ class _Block:
             recipe.init_v(mrla.v.weight)
         block.__class__ = cls
         block.mrla = mrla.train(block.training)
-        return mrla
 
 
 def _like(norm: nn.Module, on_maps: bool) -> Callable[..., nn.Module]:
@@ -258,11 +258,11 @@ def graft(
     for site in sites:
         block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]
-        mrla = cls.graft(block, site, drop_path)
-        if identity:
-            mrla.zero_gates()
+        cls.graft(block, site, drop_path)
         host = cls.host_of(owner)
         if host and not isinstance(owner, host):
             host.adopt(owner, **host_args)
+    if identity:
+        start_as_backbone(model)
     if host_args and not host:
         raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')

