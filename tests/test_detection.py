@@ -308,7 +308,7 @@ def test_a_folder_and_the_hub(builder, hub, tmp_path):
     assert builder('resnet18_mrla', weights=source, min_size=32).transform.min_size == (32,)
 
 
-@builders
+@pytest.mark.parametrize('builder', [faster_rcnn, retina_net])
 def test_a_checkpoint_of_the_training_script(builder, tmp_path):
     """Also of norms that were not frozen; the number of classes is the checkpoint's."""
     model = builder('resnet18_mrla', **SMALL, **ALL[builder])

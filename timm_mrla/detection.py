@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from timm.models import PretrainedCfg, is_model_pretrained, model_entrypoint
 from timm.utils.model import freeze_batch_norm_2d, unfreeze_batch_norm_2d, unwrap_model
 from torch import nn
+from torchvision.models import list_models
 from torchvision.models._api import register_model  # torchvision exports what reads its registry, but not this
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import _validate_trainable_layers  # as its own builders do
@@ -282,7 +283,8 @@ def _register(builder: Callable[..., Detector], backbone: str) -> None:
 
     fn.__name__ = fn.__qualname__ = f'{builder.__name__.replace("_", "")}_{backbone}_fpn'
     fn.__doc__ = f'`timm_mrla.detection.{builder.__name__}({backbone!r})`.'
-    register_model()(fn)
+    if fn.__name__ not in list_models():  # of an import before this one
+        register_model()(fn)
 
 
 for _builder, _depth, _ending in product((faster_rcnn, mask_rcnn, retina_net), (18, 34, 50, 101, 152), ('', 'b')):

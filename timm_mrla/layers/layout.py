@@ -15,7 +15,7 @@ def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.
         return x.permute(0, 3, 1, 2), None
     H, W = feat_size
     P = x.shape[1] - H * W
-    x, prefix = (x[:, P:], x[:, :P]) if P else (x, None)
+    x, prefix = (x[:, P:], x[:, :P]) if isinstance(P, torch.fx.Proxy) or P else (x, None)  # a proxy is any number
     # other ways to the same values give one image strides of which torch's batch norm computes wrong gradients
     return x.unflatten(1, (H, W)).permute(0, 3, 1, 2), prefix
 

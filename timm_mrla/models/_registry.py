@@ -85,7 +85,7 @@ def register_entry(
     arguments of that.
     """
     if models.is_model(entry):
-        return False
+        return models.model_entrypoint(entry).__module__ == module  # of an import before this one
 
     def fn(pretrained: bool = False, **kwargs) -> nn.Module:
         return build(stock, entry, kind, pretrained, filter_fn, **{**(model_args or {}), **kwargs})
