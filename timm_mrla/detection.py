@@ -30,7 +30,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from timm_mrla.hub import check_model, full_state_dict, load_checkpoint, new_folder, read_checkpoint, upload
+from timm_mrla.hub import check_model, check_repo, full_state_dict, load_checkpoint, new_folder, read_checkpoint, upload
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models._weights import StateDict, fit_state_dict
 
@@ -322,22 +322,23 @@ def save_pretrained(model: Detector, folder: str | os.PathLike) -> None:
 
 def _save(model: Detector, folder: str | os.PathLike, name: str) -> None:
     """As above, with the name that the model card loads it by."""
-    state_dict, model = full_state_dict(model), unwrap_model(model)
-    if not hasattr(model, 'config'):
+    plain = unwrap_model(model)
+    if not hasattr(plain, 'config'):
         raise ValueError(
             'this detector was not built by timm_mrla.detection, so that nothing says how to build it again'
         )
     try:
-        config = json.dumps({**model.config, 'requires': ['timm_mrla']}, indent=2)
+        config = json.dumps({**plain.config, 'requires': ['timm_mrla']}, indent=2)
     except TypeError as e:
         raise ValueError(f'this detector has an argument that config.json cannot hold: {e}') from e
+    state_dict = full_state_dict(model)
     if not state_dict:  # the first process has it
         return
     with new_folder(folder) as out:
         os.mkdir(out)
         Path(out, 'config.json').write_text(config)
         safetensors.torch.save_file(state_dict, os.path.join(out, 'model.safetensors'), {'format': 'pt'})
-        _model_card(model, name).save(os.path.join(out, 'README.md'))
+        _model_card(plain, name).save(os.path.join(out, 'README.md'))
 
 
 def _model_card(model: Detector, name: str) -> ModelCard:
@@ -378,6 +379,7 @@ def push_to_hub(
     commit_message: str = 'Add model',
 ) -> str:
     """Publish a detector in a repository of the Hugging Face Hub; all else is as in `timm_mrla.hub.push_to_hub`."""
+    check_repo(repo_id)
     with tempfile.TemporaryDirectory() as tmp:
         folder = os.path.join(tmp, 'model')
         _save(model, folder, f'hf-hub:{repo_id}')

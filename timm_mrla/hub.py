@@ -333,7 +333,6 @@ def upload(
     commit_message: str = 'Add model',
 ) -> str:
     """Publish a folder in a repository of the Hub, if this process has written it; else as `push_to_hub`."""
-    check_repo(repo_id)
     api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
     if os.path.exists(folder):
         try:
