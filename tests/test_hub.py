@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from ast import literal_eval
 
 import huggingface_hub.constants as constants
 import pytest
@@ -17,6 +18,7 @@ from test_timm import OF_THE_PAPER
 from timm.layers import to_ntuple
 from timm.models import save_for_hf
 from timm.utils import ModelEmaV3
+from timm.utils.model import reparameterize_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -202,6 +204,42 @@ def test_push_of_a_folder_brings_its_card_once(hub, tmp_path):
     push_to_hub(create('resnet18_mrla', num_classes=3), REPO, commit_message='More classes')
     assert hub.repos[REPO][-1]['README.md'] == b'edited on the Hub'
     assert timm.create_model(f'hf-hub:{REPO}', pretrained=True).num_classes == 3
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'convnext_atto_mrla', 'deit_tiny_distilled_mrla'])
+def test_what_a_card_says_of_the_layers(name):
+    """Its names are those of modules, its numbers are theirs, and a layer for Grad-CAM goes from tensor to tensor."""
+    model = create(name)
+    said = model_card(model, f'hf-hub:{REPO}').content
+    shown, count = (int(n.replace(',', '')) for n in re.search(r'([\d,]+) of ([\d,]+) parameters', said).groups())
+    assert count == sum(p.numel() for p in model.parameters())
+    assert shown == sum(p.numel() for n, p in model.named_parameters() if '.mrla.' in n)
+
+    saved = literal_eval(re.search(r'modules_to_save=(\[.*?\])', said)[1])
+    trained = {n for n, _ in model.named_modules() if any(n.endswith(end) for end in saved)}
+    assert {n for n, _ in model.named_modules() if n.endswith('.mrla')} < trained
+    assert trained & {n for n, m in model.named_modules() if m in to_ntuple(1)(model.get_classifier())}
+
+    kernels = {int(dim): int(k) for k, dim in re.findall(r'(\d+) wide at (\d+) channels', said)}
+    weights = model.state_dict()
+    v = {n.removesuffix('.v.weight'): len(w) for n, w in weights.items() if n.endswith('.mrla.v.weight')}
+    assert kernels == {dim: weights[f'{layer}.attn.qk.weight'].shape[-1] for layer, dim in v.items()}
+
+    outputs, targets = [], re.findall(r"get_submodule\('(.*?)'\)", said)
+    for target in targets:
+        model.get_submodule(target).register_forward_hook(lambda module, args, output: outputs.append((args, output)))
+    model(torch.randn(1, *model.pretrained_cfg['input_size']))
+    assert all(output.shape == args[0].shape for args, output in outputs)
+    assert len(outputs) == (name != 'resnet18_mrlab')
+
+
+def test_a_reparameterized_model_is_refused(tmp_path):
+    model = reparameterize_model(create('resnet18_mrla'))
+    with pytest.raises(ValueError, match='save the one that it was made from'):
+        save_pretrained(model, tmp_path / 'model')
+    with pytest.raises(ValueError, match="'resnet18' is no model of timm-mrla"):
+        push_to_hub(create('resnet18'), REPO)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_folder_of_timms_own_is_pushed_without_its_pickle(hub, tmp_path):

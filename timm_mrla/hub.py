@@ -19,6 +19,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 import timm_mrla.models
+from timm_mrla.layers import MrlaLight, layer_attentions
 from timm_mrla.models._loops import View
 from timm_mrla.models._weights import StateDict, convert_state_dict
 
@@ -165,6 +166,36 @@ def load_folder(folder: str) -> tuple[nn.Module, ModelCard | None]:
     return model, ModelCard.load(card) if os.path.exists(card) else None
 
 
+def _check_layers(model: nn.Module) -> None:
+    """Raises ValueError if a model has no layer attention of ours, as one that could be trained further."""
+    check_ours(model.pretrained_cfg['architecture'])
+    if not layer_attentions(model):
+        raise ValueError('a reparameterized model is for inference alone; save the one that it was made from')
+
+
+def _about_layers(model: nn.Module) -> str:
+    """What people ask about the layer attention of a model, as a section of its card."""
+    layers = layer_attentions(model)
+    blocks = [name.removesuffix('.mrla') for name in layers]
+    count, added = (sum(p.numel() for m in ms for p in m.parameters()) for ms in ([model], layers.values()))
+    head = to_ntuple(1)(model.pretrained_cfg['classifier'])
+    kernels = {layer.v.out_channels: layer.attn.qk.kernel_size[1] for layer in layers.values()}
+    if isinstance(layers[f'{blocks[-1]}.mrla'], MrlaLight):
+        target = f"the last block with layer attention is `model.get_submodule('{blocks[-1]}')`"
+    else:
+        target = 'but a whole block, which hands on its memory beside its output'
+    return f"""## Layer attention
+
+{len(blocks)} blocks have it, `{blocks[0]}` to `{blocks[-1]}`, each as its child `mrla`: {added:,} of {count:,} parameters.
+
+- **As an adapter**: PEFT's `modules_to_save={['mrla', *head]}` trains it and the head alone. LoRA's usual
+  `target_modules`, such as `qkv` and `fc1`, are names of the backbone's layers and of none in it.
+- **For Grad-CAM** name what you would in timm's plain backbone; {target}.
+- **The kernels of queries and keys** are {', '.join(f'{k} wide at {dim} channels' for dim, k in kernels.items())}.
+- **In bfloat16** a checkpoint keeps 8 bits of each weight, two to three decimals.
+"""
+
+
 def model_card(
     model: nn.Module,
     name: str,
@@ -184,10 +215,11 @@ def model_card(
         metrics: Results on the first dataset by the Hub's identifier of the metric, such as `{'accuracy': 0.792}`.
 
     Raises:
-        ValueError: There are metrics and no dataset.
+        ValueError: There are metrics and no dataset, or the model has no layer attention of ours.
     """
     check_metrics(metrics, datasets)
     model = unwrap_model(model)
+    _check_layers(model)
     architecture = model.pretrained_cfg['architecture']
     title = name.rpartition('/')[2].rpartition(':')[2]
     data = ModelCardData(
@@ -235,7 +267,8 @@ image = Image.open('image.jpg').convert('{mode}')
 with torch.inference_mode():
     probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
 ```
-""")
+
+{_about_layers(model)}""")
 
 
 def full_state_dict(model: nn.Module) -> StateDict:
@@ -272,7 +305,7 @@ def save_pretrained(
     """
     check_new(folder)
     plain = unwrap_model(model)
-    check_ours(plain.pretrained_cfg['architecture'])
+    _check_layers(plain)
     state_dict = full_state_dict(model)
     if not state_dict:  # the first process has it
         return
