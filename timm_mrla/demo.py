@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import trange
 
-from timm_mrla.hub import check_new, check_ours, save_pretrained
+from timm_mrla.hub import built_with, check_new, check_ours, save_pretrained
 
 __all__ = ['test_digits', 'train_digits']
 
@@ -65,11 +65,10 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
 
     torch.manual_seed(0)
     # tokens of 8x8 pixels: 16x16 would leave four of them
-    size_args = {'img_size': 32, 'patch_size': 8} if get_pretrained_cfg(model_name).fixed_input_size else {}
-    try:
-        model = timm.create_model(model_name, in_chans=1, num_classes=10, **size_args)
-    except TypeError as e:
-        raise ValueError(f'{model_name} cannot be built for images of 32 x 32 pixels: {e}') from e
+    size = {'img_size': 32, 'patch_size': 8} if get_pretrained_cfg(model_name).fixed_input_size else {}
+    model_kwargs = {'in_chans': 1, 'num_classes': 10, **size}
+    with built_with(model_name, model_kwargs):
+        model = timm.create_model(model_name, **model_kwargs)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-5)
     loss_fn = LabelSmoothingCrossEntropy(0.1)

@@ -44,6 +44,15 @@ def check_ours(name: str) -> None:
         )
 
 
+@contextmanager
+def built_with(name: str, model_kwargs: dict[str, Any]) -> Iterator[None]:
+    """Makes a ValueError of an argument that a model cannot be built with."""
+    try:
+        yield
+    except TypeError as e:
+        raise ValueError(f'{name} cannot be built with {model_kwargs}: {e}') from e
+
+
 def check_file(path: str) -> None:
     """Raises ValueError if there is no such checkpoint."""
     if not os.path.isfile(path):
@@ -137,9 +146,8 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
     if 'img_size' in model_kwargs:  # from which timm infers the grid that is in the checkpoint
         overlay['input_size'] = (3, *to_2tuple(model_kwargs['img_size']))
     try:
-        model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_kwargs)
-    except TypeError as e:
-        raise ValueError(f'{model_name} cannot be built with {model_kwargs}: {e}') from e
+        with built_with(model_name, model_kwargs):
+            model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_kwargs)
     except RuntimeError as e:
         reason = textwrap.shorten(str(e.__cause__ or e), 800, placeholder=' ...')  # torch names each parameter
         raise ValueError(f'{path!r} does not fit: {reason}') from e
@@ -186,7 +194,8 @@ def _about_layers(model: nn.Module) -> str:
         target = 'but a whole block, which hands on its memory beside its output'
     return f"""## Layer attention
 
-{len(blocks)} blocks have it, `{blocks[0]}` to `{blocks[-1]}`, each as its child `mrla`: {added:,} of {count:,} parameters.
+{len(blocks)} blocks have it, `{blocks[0]}` to `{blocks[-1]}`, each as its child `mrla`,
+{added:,} of {count:,} parameters.
 
 - **As an adapter**: PEFT's `modules_to_save={['mrla', *head]}` trains it and the head alone. LoRA's usual
   `target_modules`, such as `qkv` and `fc1`, are names of the backbone's layers and of none in it.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_mrla.attention import by_block, feature_maps, find, layer_attention
-from timm_mrla.hub import check_file, check_model, load_checkpoint
+from timm_mrla.hub import built_with, check_file, check_model, load_checkpoint
 from timm_mrla.picture import check_picture, open_image
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
@@ -56,10 +56,8 @@ def look(
 
     if ':' not in model:  # else timm finds out what model it is in a folder or repository
         check_model(model)
-    try:
+    with built_with(model, model_kwargs):
         skeleton = timm.create_model(model, device='meta', **model_kwargs)
-    except TypeError as e:
-        raise ValueError(f'{model} cannot be built with {model_kwargs}: {e}') from e
     find(skeleton, features) if features else by_block(skeleton)
 
     found, titles = [], []
