@@ -222,7 +222,7 @@ def test_what_a_card_says_of_the_layers(name):
     assert {n for n, _ in model.named_modules() if n.endswith('.mrla')} < trained
     assert trained & {n for n, m in model.named_modules() if m in to_ntuple(1)(model.get_classifier())}
 
-    kernels = {int(dim): int(k) for k, dim in re.findall(r'(\d+) wide at (\d+) channels', said)}
+    kernels = {int(dim): int(k) for k, dim in re.findall(r'(\d+) at (\d+)[,.]', said)}
     weights = model.state_dict()
     v = {n.removesuffix('.v.weight'): len(w) for n, w in weights.items() if n.endswith('.mrla.v.weight')}
     assert kernels == {dim: weights[f'{layer}.attn.qk.weight'].shape[-1] for layer, dim in v.items()}

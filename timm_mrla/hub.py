@@ -189,9 +189,9 @@ def _about_layers(model: nn.Module) -> str:
     head = to_ntuple(1)(model.pretrained_cfg['classifier'])
     kernels = {layer.v.out_channels: layer.attn.qk.kernel_size[1] for layer in layers.values()}
     if isinstance(layers[f'{blocks[-1]}.mrla'], MrlaLight):
-        target = f"the last block with layer attention is `model.get_submodule('{blocks[-1]}')`"
+        target = f"what you would in timm's plain backbone, such as `model.get_submodule('{blocks[-1]}')`"
     else:
-        target = 'but a whole block, which hands on its memory beside its output'
+        target = 'a stage or a layer in a block: a block itself returns its memory beside its output'
     return f"""## Layer attention
 
 {len(blocks)} blocks have it, `{blocks[0]}` to `{blocks[-1]}`, each as its child `mrla`,
@@ -199,8 +199,8 @@ def _about_layers(model: nn.Module) -> str:
 
 - **As an adapter**: PEFT's `modules_to_save={['mrla', *head]}` trains it and the head alone. LoRA's usual
   `target_modules`, such as `qkv` and `fc1`, are names of the backbone's layers and of none in it.
-- **For Grad-CAM** name what you would in timm's plain backbone; {target}.
-- **The kernels of queries and keys** are {', '.join(f'{k} wide at {dim} channels' for dim, k in kernels.items())}.
+- **For Grad-CAM** name {target}.
+- **The kernels of queries and keys**, by the block's channels: {', '.join(f'{k} at {c}' for c, k in kernels.items())}.
 - **In bfloat16** a checkpoint keeps 8 bits of each weight, two to three decimals.
 """
 
