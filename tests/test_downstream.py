@@ -360,24 +360,23 @@ def test_core_ml(name, exporter):
     assert len(converted.get_spec().description.output) == 1
 
 
-@pytest.mark.parametrize('name', ['resnet18_mrla', 'efficientnet_b0_mrla'])
-def test_structured_pruning(name):
-    """Twice in a row, with a training step between."""
-    import torch_pruning
-
-    model, x = timm.create_model(name, num_classes=10), torch.randn(2, 3, 32, 32)
-    heads = {n: mrla.attn.num_heads for n, mrla in layer_attentions(model).items()}
-    sizes = [sum(p.numel() for p in model.parameters())]
-    for _ in range(2):
-        importance = torch_pruning.importance.MagnitudeImportance()
-        torch_pruning.MagnitudePruner(
-            model.eval(), x, importance, pruning_ratio=0.5, round_to=8, ignored_layers=[model.get_classifier()]
-        ).step()
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'efficientnet_b0_mrla', 'convnext_atto_mrla'])
+def test_structured_pruning(name, monkeypatch):
+    """Three times in a row, with training steps between; widths between blocks too, to multiples of the heads."""
+    model = timm.create_model(name, num_classes=10)
+    monkeypatch.setattr(timm, 'create_model', lambda _: model)
+    layers = layer_attentions(model)
+    heads = {n: layer.attn.num_heads for n, layer in layers.items()}
+    changes = {'8, 3, 224, 224': '2, 3, 64, 64', 'round_to=64': f'round_to={max(heads.values())}'}
+    sizes = []
+    for _ in range(3):
+        sizes.append((sum(p.numel() for p in model.parameters()), sum(m.v.out_channels for m in layers.values())))
+        x = recipe('Torch-Pruning', changes)['images']
         assert_layer_attention_learns(model, model.train()(x).square().sum())
         torch.optim.SGD(model.parameters(), lr=0.01).step()
-        sizes.append(sum(p.numel() for p in model.parameters()))
-    assert sizes[2] < 0.8 * sizes[1] < 0.64 * sizes[0]
-    assert {n: mrla.attn.num_heads for n, mrla in layer_attentions(model).items()} == heads
+    assert sizes[2][0] < 0.5 * sizes[1][0] < 0.25 * sizes[0][0]
+    assert sizes[2][1] < 0.7 * sizes[1][1] < 0.49 * sizes[0][1]
+    assert {n: layer.attn.num_heads for n, layer in layers.items()} == heads
 
 
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'deit_tiny_mrla'])

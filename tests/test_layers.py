@@ -219,7 +219,7 @@ def test_a_hook_on_queries_and_keys_changes_the_weights(layer, form):
     mrla, x, o = build(layer, form).eval(), tensors('NCHW'), tensors('NCHW')
     memory = build(MrlaBase, form)(x, ())[1]
     mrla.attn.qk.register_forward_hook(lambda m, args, out: 0 * out)
-    out = mrla.attn(x) if layer is MrlaLight else mrla.attn(x, memory[::2])[0]
+    out = mrla.attn(x, DIM) if layer is MrlaLight else mrla.attn(x, DIM, memory[::2])[0]
     assert torch.equal(out, torch.full_like(out, 0.5))
     hooked, _ = run(mrla, x, o, memory, None)
     nn.init.zeros_(mrla.attn.qk.weight)
@@ -294,7 +294,7 @@ def test_float16_holds_the_mean_of_a_large_map():
     nn.init.constant_(attn.qk.weight[0], 0.01)
     nn.init.constant_(attn.qk.weight[1], -0.01)
     x = torch.full((1, DIM, 100, 100), 10.0)  # 1e5 in sum, beyond float16
-    torch.testing.assert_close(attn.half()(x.half()).float(), attn.float()(x), rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(attn.half()(x.half(), DIM).float(), attn.float()(x, DIM), rtol=1e-2, atol=0.0)
 
 
 def test_channels_have_the_weights_of_their_heads():
@@ -348,3 +348,7 @@ def test_heads_stay_where_pruning_takes_channels(layer):
     else:
         memory = [layer(o)[1] for layer in (wide, narrow)]
         assert torch.equal(wide(x, memory[0])[0], narrow(x, memory[1])[0])
+    wide.v.in_channels = wide.v.out_channels = wide.v.groups = 10
+    wide.v.weight = nn.Parameter(wide.v.weight[:10])
+    with pytest.raises(ValueError, match='10 channels are no multiple of the 4 heads'):
+        wide(x[:, :10], *([o[:, :10]] if layer is MrlaLight else []))

@@ -1,6 +1,6 @@
 from timm_mrla.layers.layer_attention import MrlaBase, MrlaLight, layer_attentions
 from timm_mrla.layers.layout import Grid, from_map, to_map
 from timm_mrla.layers.recompute import recompute
-from timm_mrla.layers.weights import Memory
+from timm_mrla.layers.weights import Memory, QueryKey
 
-__all__ = ['Grid', 'Memory', 'MrlaBase', 'MrlaLight', 'from_map', 'layer_attentions', 'recompute', 'to_map']
+__all__ = ['Grid', 'Memory', 'MrlaBase', 'MrlaLight', 'QueryKey', 'from_map', 'layer_attentions', 'recompute', 'to_map']

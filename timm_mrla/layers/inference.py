@@ -44,7 +44,7 @@ class InferenceLight(nn.Module):
     def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
         x, prefix = to_map(x, self.layout, feat_size)
         o, _ = to_map(o, self.layout, feat_size)
-        g = self.attn.per_channel(self.attn(x), self.dim)
+        g = self.attn.per_channel(self.attn(x, self.dim), self.dim)
         v = F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)  # of which no hook has seen the output
         lam, bias = _cast(self.lam, self.bias, like=v)
         if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
@@ -65,9 +65,9 @@ class InferenceBase(nn.Module):
 
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         x, prefix = to_map(x, self.layout, feat_size)
-        weights, k = self.attn(x, memory[::2])
-        memory = (*memory, k, self.v(x))
-        v, dim = memory[-1], self.v.out_channels
+        dim = self.v.out_channels
+        weights, k = self.attn(x, dim, memory[::2])
+        memory = (*memory, k, v := self.v(x))
         scale, m = _cast(self.scale, self.bias, like=v)
         weights = [self.attn.per_channel(w, dim).to(v.dtype) * scale for w in weights.unbind(-1)]
         if torch.is_grad_enabled() or x.dtype != v.dtype:

@@ -124,7 +124,7 @@ class MrlaLight(_LayerAttention):
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
         o, _ = to_map(self.norm_o(o), self.layout, feat_size)
         v = self.act_v(self.norm_v(self.v(y)))
-        g = self.attn.per_channel(self.attn(y), self.v.out_channels).to(v.dtype)
+        g = self.attn.per_channel(self.attn(y, self.v.out_channels), self.v.out_channels).to(v.dtype)
         m = g * v + self.lam.to(v.dtype)[:, None, None] * o
         return self.join(self.norm(m), prefix)
 
@@ -165,7 +165,7 @@ class MrlaBase(_LayerAttention):
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is added to x, but for drop_path, and the block's key and value."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
-        weights, k = self.attn(y, memory[::2])
+        weights, k = self.attn(y, self.v.out_channels, memory[::2])
         v = self.v(y)
         m = None
         for s, value in enumerate((*memory[1::2], v)):

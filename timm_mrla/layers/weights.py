@@ -9,6 +9,10 @@ from torch import nn
 Memory = tuple[torch.Tensor, ...]  # key, value, key, value, ...
 
 
+class QueryKey(nn.Conv2d):
+    """The 1-d convolutions of query and key, over channels of any number: a class that a pruner of widths passes by."""
+
+
 class _Weights(nn.Module):
     """Query and key of a map."""
 
@@ -22,39 +26,37 @@ class _Weights(nn.Module):
         if dim_head < 1 or dim % dim_head:
             raise ValueError(f'dim {dim} is not divisible by dim_head {dim_head}')
         self.num_heads = dim // dim_head
-        t = int(abs((math.log2(dim) + 1) / 2))  # the kernel size that ECA-Net (arXiv:1910.03151) derives from the width
-        kernel_size = t if t % 2 else t + 1
+        size = int(abs((math.log2(dim) + 1) / 2)) // 2 * 2 + 1  # of a kernel, as ECA-Net (arXiv:1910.03151) derives it
         # both convolutions in one, over an image of height B: a batch of tiny 1-d ones takes several times as long
-        self.qk = nn.Conv2d(
-            1, 2, (1, kernel_size), padding=(0, kernel_size // 2), bias=False, device=device, dtype=dtype
-        )
+        self.qk = QueryKey(1, 2, (1, size), padding=(0, size // 2), bias=False, device=device, dtype=dtype)
 
-    def query_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query, over sqrt(d), and key [B, heads, d] of a map [B, C, H, W]."""
+    def query_key(self, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query, over sqrt(d), and key [B, heads, d] of a map [B, C, H, W], where pruning may have changed C, dim."""
+        if dim % self.num_heads:
+            raise ValueError(f'{dim} channels are no multiple of the {self.num_heads} heads; prune to one that is')
         # the gradient of a sum is a view, where that of a mean is a map; float16 cannot hold the sum of a large map
         y = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
-        q, k = self.qk(y.to(x.dtype)[None, None])[0].unflatten(-1, (self.num_heads, -1))
-        return q * q.shape[-1] ** -0.5, k
+        qk = self.qk(y.to(x.dtype)[None, None])[0].unflatten(-1, (self.num_heads, dim // self.num_heads))
+        return qk[0] * (dim // self.num_heads) ** -0.5, qk[1]
 
     def per_channel(self, weights: torch.Tensor, dim: int) -> torch.Tensor:
-        """Weights of heads [B, heads] -> of channels [B, C, 1, 1]. Pruning leaves less channels in each head."""
+        """Weights of heads [B, heads] -> of channels [B, C, 1, 1]."""
         return weights.unsqueeze(-1).expand(-1, -1, dim // self.num_heads).flatten(1)[:, :, None, None]
 
 
 class LightWeights(_Weights):
-    """The gate of MRLA-light: `sigmoid(<q, k> / sqrt(d))`, map [B, C, H, W] -> [B, heads]."""
+    """The gate of MRLA-light: `sigmoid(<q, k> / sqrt(d))`, map [B, C, H, W] and dim, C -> [B, heads]."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k = self.query_key(x)
-        return (q * k).sum(-1).sigmoid()
+    def forward(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.mul(*self.query_key(x, dim)).sum(-1).sigmoid()
 
 
 class BaseWeights(_Weights):
     """The attention of MRLA-base: `softmax_s(<q_t, k_s> / sqrt(d))` over the blocks s <= t of the stage.
 
-    Map [B, C, H, W] and the keys of the blocks s < t -> weights [B, heads, t + 1] and the key of block t.
+    Map [B, C, H, W], dim, C, and the keys of the blocks s < t -> weights [B, heads, t + 1] and the key of block t.
     """
 
-    def forward(self, x: torch.Tensor, keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k = self.query_key(x)
+    def forward(self, x: torch.Tensor, dim: int, keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = self.query_key(x, dim)
         return torch.stack([(q * key).sum(-1) for key in (*keys, k)], dim=-1).softmax(-1), k

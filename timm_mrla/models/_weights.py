@@ -32,7 +32,6 @@ _AUTHORS_NAMES = (
     (r'\.(mrla|mla)\.bn_v\.', '.norm_v.'),
 )
 
-
 # what torch's wrappers put into names, beside the prefix that all have
 _WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 
