@@ -11,7 +11,7 @@ from timm.models import VisionTransformer, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers import MrlaBase, MrlaLight, layer_attentions
 
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 RESNETS = ['resnet18_mrla', 'resnet18_mrlab']
@@ -501,6 +501,18 @@ def test_the_papers_drop_path_is_constant_and_on_layer_attention_alone(name):
     assert all(isinstance(b.mrla.drop_path, nn.Identity) for b in stages(model))
 
 
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'pvt_v2_b0_mrlab', 'convnext_atto_mrla'])
+def test_from_scratch_it_can_begin_as_its_backbone(name):
+    model = timm.create_model(name, mrla_identity=True).eval()
+    plain, kwargs = backbone(name)
+    plain = timm.create_model(plain, **kwargs).eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if '.mrla.' not in k})
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), plain(x))
+    model(x).square().sum().backward()
+    assert all(gate.grad.any() for layer in layer_attentions(model).values() for gate in layer.gates())
+
+
 @every
 def test_layer_decay_groups(name):
     model = create(name)
@@ -651,6 +663,7 @@ def test_unknown_arguments(name):
         ('resnet18_mrla', 'output_stride', 12),
         ('resnet18_mrla', 'mrla_drop_path', 1.5),
         ('resnet18_mrlab', 'mrla_drop_path', -0.1),
+        ('resnet18_mrlab', 'mrla_identity', True),
         ('resnet18_mrla', 'global_pool', 'median'),
         ('resnet18_mrla', 'cardinality', 32),
         ('deit_tiny_mrla', 'global_pool', 'median'),

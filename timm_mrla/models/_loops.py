@@ -14,9 +14,7 @@ class View:
     """A module as one call of a method of timm's sees it: with other attributes, which the module itself never has."""
 
     def __init__(self, module: nn.Module, **attributes) -> None:
-        self._module = module
-        for name, value in attributes.items():
-            setattr(self, name, value)
+        self.__dict__.update(attributes, _module=module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -82,6 +82,8 @@ def apply_filter(fn: Callable[..., StateDict], state_dict: StateDict, model: nn.
 def start_as_backbone(model: nn.Module) -> None:
     """Make layer attention add exactly nothing until it is trained; to layer decay it is as new as the head then."""
     for layer in layer_attentions(model).values():
+        if isinstance(getattr(layer, 'act', None), nn.ReLU):
+            raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
         for gate in layer.gates():
             nn.init.zeros_(gate)
     if hasattr(model, 'group_matcher'):
