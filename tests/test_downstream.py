@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_mrla.detection import faster_rcnn
 from timm_mrla.hub import load_checkpoint
-from timm_mrla.layers import layer_attentions
+from timm_mrla.layers import QueryKey, layer_attentions
 
 pytestmark = pytest.mark.downstream
 
@@ -392,7 +392,8 @@ def test_int8(name, checkpoint):
         if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
         and 'dequantize' in str(node.args[1].target)
     ]
-    assert len(quantized) == len([m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)])
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(quantized) == len([m for m in layers if not isinstance(m, QueryKey)])
 
 
 @pytest.mark.parametrize('name', ['deit_tiny_mrla', 'pvt_v2_b0_mrla'])
