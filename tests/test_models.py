@@ -583,8 +583,8 @@ def test_autocast(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-# MRLA-light on timm's models compiles in test_contract.py
-@pytest.mark.parametrize('name', ['resnet18_mrlab', 'pvt_v2_b0_mrlab', 'deit_tiny_mrlab', 'ceit_tiny_mrla'])
+# one of each block, form and kind; without gradients, all modules compile in test_contract.py
+@pytest.mark.parametrize('name', [*RESNETS, 'pvt_v2_b0_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'ceit_tiny_mrla'])
 def test_compile_without_a_graph_break(name):
     model = create(name)
     x = images()
