@@ -26,7 +26,7 @@ def refusal(args, monkeypatch, capsys):
 
 
 def test_it_learns_writes_and_loads(tmp_path):
-    result = demo('--out', 'runs/digits', cwd=tmp_path)
+    result = demo('--out', 'runs/digits', '--epochs', '4', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     trained, loaded = map(float, re.findall(r'(\d+\.\d+)%\n', result.stdout))
     assert trained >= 97
