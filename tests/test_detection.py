@@ -32,7 +32,7 @@ from timm_mrla.hub import save_pretrained as save_classifier
 from timm_mrla.layers import layer_attentions
 
 SMALL = {'num_classes': 4, 'min_size': 64, 'max_size': 96}
-RCNN = {'box_score_thresh': 0.0, 'rpn_post_nms_top_n_test': 50}
+RCNN = {'box_score_thresh': 0.0, 'rpn_post_nms_top_n_test': 50, 'box_detections_per_img': 20}
 ALL = {faster_rcnn: RCNN, mask_rcnn: RCNN, retina_net: {'score_thresh': 0.0}}
 TORCHVISIONS = [fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn, retinanet_resnet50_fpn]
 builders = pytest.mark.parametrize('builder', ALL, ids=lambda builder: builder.__name__)
@@ -279,10 +279,8 @@ def test_maps_are_chosen_by_their_stride():
 
 @builders
 def test_a_folder_and_the_hub(builder, hub, tmp_path):
-    kwargs = {'box_detections_per_img': 5} if builder is not retina_net else {'detections_per_img': 5}
-    model = builder(
-        'resnet18_mrla', categories=CATEGORIES, image_mean=[0.5, 0.4, 0.3], **kwargs, **SMALL, **ALL[builder]
-    )
+    kwargs = {**SMALL, **ALL[builder], 'detections_per_img' if builder is retina_net else 'box_detections_per_img': 5}
+    model = builder('resnet18_mrla', categories=CATEGORIES, image_mean=[0.5, 0.4, 0.3], **kwargs)
     randomize(model.backbone.body)
     save_pretrained(model, tmp_path / 'folder')
     assert sorted(path.name for path in (tmp_path / 'folder').iterdir()) == [

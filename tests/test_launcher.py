@@ -17,8 +17,8 @@ from timm_mrla import launcher as launcher_module
 PYTHON = [sys.executable]
 COMMAND = [str(Path(sys.executable).with_name('timm-mrla')), 'run']
 MODULE = [sys.executable, '-m', 'timm_mrla', 'run']
-STARTED = [sys.executable, launcher_module.__file__]  # what both of these become; where it is enough, half the imports
-# as they become it, without their own imports
+STARTED = [sys.executable, launcher_module.__file__]  # what both become, in half the time
+# how they become it, without importing anything first
 LAUNCH = f"import runpy; runpy.run_path({launcher_module.__file__!r})['launch']('script.py')"
 SCRIPT, AS_MODULE = ['script.py'], ['-m', 'script']
 

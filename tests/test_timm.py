@@ -20,17 +20,17 @@ from flops import backbone, paper_entries
 
 import timm_mrla  # noqa: F401
 
-OF_THE_PAPER = [
-    *('resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla'),
-    *('efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla'),
+OF_THE_PAPER = [  # MRLA-base in both of its forms
+    *('resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab'),
+    *('efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'ceit_tiny_mrla'),
 ]
 SMALL = [
     *OF_THE_PAPER,
     # and the smallest of each other module that has a few layer attentions
-    *('resnetv2_18_mrla', 'regnety_002_mrla', 'mobilenetv3_small_050_mrla', 'convnext_atto_mrla', 'davit_tiny_mrla'),
-    *('swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla', 'vit_tiny_patch16_224_mrla'),
+    *('resnetv2_18_mrla', 'regnety_002_mrla', 'mobilenetv3_small_050_mrla', 'test_convnext_mrla', 'davit_tiny_mrla'),
+    *('swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla', 'test_vit_mrla'),
     *('eva02_tiny_patch14_224_mrla', 'coatnet_pico_rw_224_mrla', 'poolformerv2_s12_mrla', 'edgenext_xx_small_mrla'),
-    *('fastvit_t8_mrla', 'inception_next_atto_mrla', 'mambaout_femto_mrla', 'starnet_s050_mrla'),
+    *('fastvit_t8_mrla', 'inception_next_atto_mrla', 'test_mambaout_mrla', 'starnet_s050_mrla'),
     'focalnet_tiny_srf_mrla',
 ]
 LEFT_OUT = {
