@@ -129,10 +129,11 @@ WRAPPERS = [
 @pytest.mark.parametrize('prefix', WRAPPERS)
 @pytest.mark.parametrize('key', ['', 'state_dict', 'model', 'model_ema', 'state_dict_ema'])
 def test_a_prefix_that_all_names_have_is_dropped(prefix, key, tmp_path):
-    state_dict = timm.create_model('resnet18_mrla', num_classes=2).state_dict()
+    narrow = {'channels': (32, 32, 64, 64)}
+    state_dict = timm.create_model('resnet18_mrla', num_classes=2, **narrow).state_dict()
     wrapped = {f'{prefix}{name}': tensor for name, tensor in state_dict.items()}
     torch.save({key: wrapped, 'epoch': 3} if key else wrapped, tmp_path / 'last.pth')
-    loaded = load_checkpoint(str(tmp_path / 'last.pth'), 'resnet18_mrla').state_dict()
+    loaded = load_checkpoint(str(tmp_path / 'last.pth'), 'resnet18_mrla', **narrow).state_dict()
     assert [*loaded] == [*state_dict]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state_dict.items())
 
