@@ -6,6 +6,7 @@ Counted are the storages that autograd saves, each once, parameters left out; on
 """
 
 import argparse
+import itertools
 
 import timm
 import torch
@@ -13,6 +14,8 @@ from flops import backbone, input_size
 from report import report
 from torch import nn
 from tqdm import tqdm
+
+import timm_mrla
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -32,13 +35,15 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 def measure(name: str, kwargs: dict[str, object], entry: str, args: argparse.Namespace) -> tuple[float, float]:
     """MiB saved for backward and MiB at the peak of a training step, per image."""
-    model = timm.create_model(name, **kwargs).to(args.device).train()
-    x = torch.randn(args.batch_size, *input_size(entry), device=args.device)
-    saved, peak = saved_bytes(model, x), 0
-    if args.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        model(x).sum().backward()
-        peak = torch.cuda.max_memory_allocated()
+    where = {'device': args.device, 'memory_format': torch.channels_last}
+    model, x = timm.create_model(name, **kwargs).to(**where).train(), torch.randn(args.batch_size, *input_size(entry))
+    x, peak = x.to(**where), 0
+    with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == 'bfloat16'):
+        saved = saved_bytes(model, x)
+        if args.device == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+            model(x).sum().backward()
+            peak = torch.cuda.max_memory_allocated()
     return saved / 2**20 / args.batch_size, peak / 2**20 / args.batch_size
 
 
@@ -47,6 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--models', nargs='+', default=['resnet50_mrla'])
     parser.add_argument('--batch-size', type=int, default=2)
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    parser.add_argument('--fused', nargs='+', choices=('on', 'off'), default=['on'], help='kernels, on a GPU')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--json', metavar='PATH', help='write the results there too')
     args = parser.parse_args()
@@ -55,10 +62,12 @@ def main() -> None:
     for entry in tqdm(args.models):
         plain, kwargs = backbone(entry)
         plain_saved, plain_peak = measure(plain, kwargs, entry, args)
-        for recompute in (False, True):
+        for fused, recompute in itertools.product(args.fused, (False, True)):
+            timm_mrla.set_fused(fused == 'on')
             saved, peak = measure(entry, {'mrla_recompute': recompute}, entry, args)
             row = {
                 'model': entry,
+                'fused': fused,
                 'mrla_recompute': recompute,
                 'MiB per image': saved,
                 'backbone': plain,

@@ -20,6 +20,8 @@ from timm.utils.model import reparameterize_model
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+import timm_mrla
+
 TASKS = ('inference', 'training')
 HOW = ('eager', 'reparameterized', 'recomputed', 'compiled', 'reparameterized+compiled', 'recomputed+compiled')
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
@@ -27,7 +29,7 @@ LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last
 
 def build(name: str, kwargs: dict[str, object], args: argparse.Namespace, case: tuple[str, ...]) -> Callable[[], None]:
     """One step of a model in one case, as a function."""
-    task, how, layout, dtype = case
+    task, how, layout, dtype, _ = case
     model = timm.create_model(name, **kwargs).to(args.device, memory_format=LAYOUTS[layout])
     x = torch.randn(args.batch_size, *input_size(args.entry), device=args.device).to(memory_format=LAYOUTS[layout])
     y = torch.randint(model.num_classes, (args.batch_size,), device=args.device)
@@ -54,6 +56,7 @@ def build(name: str, kwargs: dict[str, object], args: argparse.Namespace, case: 
 def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> dict[str, object]:
     """Seconds a step of the entry and of its backbone, and the ratios, over the rounds."""
     plain, kwargs = backbone(args.entry)
+    timm_mrla.set_fused(case[4] == 'on')
     ours = {'mrla_recompute': 'recomputed' in case[1]}
     steps = {'ours': build(args.entry, ours, args, case), 'plain': build(plain, kwargs, args, case)}
     timers = {
@@ -71,7 +74,7 @@ def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> 
     return {
         'model': args.entry,
         'backbone': plain,
-        **dict(zip(('task', 'how', 'layout', 'dtype'), case, strict=True)),
+        **dict(zip(('task', 'how', 'layout', 'dtype', 'fused'), case, strict=True)),
         'batch_size': args.batch_size,
         'seconds': median(seconds['ours']),
         'plain_seconds': median(seconds['plain']),
@@ -90,6 +93,7 @@ def main() -> None:
     parser.add_argument('--how', nargs='+', choices=HOW, default=HOW[:3])
     parser.add_argument('--layout', nargs='+', choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
+    parser.add_argument('--fused', nargs='+', choices=('on', 'off'), default=['on'], help='kernels, on a GPU')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--rounds', type=int, default=9, help='turns that the two models take (default: %(default)s)')
     parser.add_argument('--seconds', type=float, default=1.0, help='length of a turn (default: %(default)s)')
@@ -99,7 +103,7 @@ def main() -> None:
     cases = [
         (model, case)
         for model in args.models
-        for case in itertools.product(args.task, args.how, args.layout, args.dtype)
+        for case in itertools.product(args.task, args.how, args.layout, args.dtype, args.fused)
         if {'training': 'reparameterized', 'inference': 'recomputed'}[case[0]] not in case[1]
     ]
     with tqdm(total=len(cases) * args.rounds, unit='round') as progress:

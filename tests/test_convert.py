@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from slow import slow_except
 from test_parity import MODELS, reference
 from test_parity import convert as converted
 from timm.layers import resample_abs_pos_embed
@@ -54,13 +55,16 @@ def wrap(wrapper, state_dict):
     }[wrapper]
 
 
+SCRIPTS = dict(zip(MODELS, ['torch', 'torch', 'deit', 'timm', 'bare', 'deit', 'timm'], strict=True))
+
+
 @pytest.mark.parametrize(
-    ('name', 'wrapper'), list(zip(MODELS, ['torch', 'torch', 'deit', 'timm', 'bare', 'deit', 'timm'], strict=True))
+    'name', slow_except(['deit_mrlal_tiny_patch16_224', 'deit_mrlab_tiny_patch16_224', 'efficientnet_mrla_b0'], MODELS)
 )
-def test_checkpoints_of_the_authors(name, wrapper, convert):
+def test_checkpoints_of_the_authors(name, convert):
     _, state_dict, _ = reference(name)
     entry = MODELS[name]
-    torch.save(wrap(wrapper, state_dict), 'checkpoint.pth')
+    torch.save(wrap(SCRIPTS[name], state_dict), 'checkpoint.pth')
     size = ['--model-kwargs', 'img_size=224'] if 'pos_embed' in state_dict else []
     assert convert('checkpoint.pth', '--model', entry, '--out', 'models/out', *size) is None
     assert os.listdir('models') == ['out']
@@ -70,6 +74,7 @@ def test_checkpoints_of_the_authors(name, wrapper, convert):
         assert torch.equal(model.state_dict()[key], tensor)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """With another number of classes and another size, as it stands in the README."""
     model = timm.create_model('deit_tiny_mrla', num_classes=7, img_size=(64, 96), in_chans=1).eval()
@@ -208,6 +213,7 @@ def test_mistakes_in_the_command(convert):
     assert 'name=value' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo')
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """As a limit on the size of a file makes one."""
     torch.save(timm.create_model('resnet18_mrla').state_dict(), tmp_path / 'last.pth')

@@ -1,21 +1,15 @@
 """Parameters and multiply-adds of entries against their plain backbones and the paper."""
 
-import re
-
 import pytest
 import timm
 import torch
 from flops import backbone, costs, input_size, paper_entries
+from slow import slow_except
 
 from timm_mrla.layers import MrlaLight, layer_attentions
 
-SOME = re.compile(r'(resnet(18|50)|deit_tiny(_distilled)?|ceit_tiny|efficientnet_b0|pvt_v2_b0)_mrlab?')
 
-
-@pytest.mark.parametrize(
-    'name',
-    [pytest.param(name, marks=[] if SOME.fullmatch(name) else pytest.mark.every_entry) for name in paper_entries()],
-)
+@pytest.mark.parametrize('name', slow_except(['resnet50_mrla', 'ceit_tiny_mrla'], paper_entries()))
 def test_what_mrla_adds(name):
     """The difference to the plain backbone is what the equations say: q, k, v, lam and norms."""
     model = timm.create_model(name, device='meta').eval()

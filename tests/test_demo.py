@@ -25,6 +25,7 @@ def refusal(args, monkeypatch, capsys):
     return line
 
 
+@pytest.mark.slow
 def test_it_learns_writes_and_loads(tmp_path):
     result = demo('--out', 'runs/digits', '--epochs', '4', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -42,6 +43,7 @@ def test_it_learns_writes_and_loads(tmp_path):
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_another_entry(tmp_path):
     result = demo('--model', 'deit_tiny_mrlab', '--epochs', '1', cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -7,12 +7,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-import torch.distributed as dist
 import torchvision
 from PIL import Image
+from slow import slow, slow_except
 from timm.layers import FrozenBatchNormAct2d
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection import (
     FasterRCNN,
     MaskRCNN,
@@ -34,8 +33,7 @@ from timm_mrla.layers import layer_attentions
 SMALL = {'num_classes': 4, 'min_size': 64, 'max_size': 96}
 RCNN = {'box_score_thresh': 0.0, 'rpn_post_nms_top_n_test': 50, 'box_detections_per_img': 20}
 ALL = {faster_rcnn: RCNN, mask_rcnn: RCNN, retina_net: {'score_thresh': 0.0}}
-TORCHVISIONS = [fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn, retinanet_resnet50_fpn]
-builders = pytest.mark.parametrize('builder', ALL, ids=lambda builder: builder.__name__)
+TORCHVISIONS = dict(zip(ALL, [fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn, retinanet_resnet50_fpn], strict=True))
 CATEGORIES = [{'id': 1, 'name': 'disc'}, {'id': 3, 'name': 'star'}]
 
 
@@ -123,10 +121,10 @@ def test_names_in_torchvisions_registry():
     )
 
 
-@pytest.mark.parametrize(('builder', 'torchvisions'), [*zip(ALL, TORCHVISIONS, strict=True)])
-def test_layer_attention_at_the_identity_is_the_plain_backbone_and_torchvisions(builder, torchvisions):
+@pytest.mark.parametrize('builder', slow_except([retina_net], ALL))
+def test_layer_attention_at_the_identity_is_the_plain_backbone_and_torchvisions(builder):
     kwargs = {**SMALL, **ALL[builder]}
-    theirs = torchvisions(weights=None, weights_backbone=None, **kwargs)
+    theirs = TORCHVISIONS[builder](weights=None, weights_backbone=None, **kwargs)
     randomize(theirs.backbone.body)
     plain = builder('resnet50', **kwargs)
     plain.load_state_dict(theirs.state_dict())
@@ -153,7 +151,7 @@ def test_frozen_as_torchvisions(tmp_path):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize('trainable', range(6))
+@pytest.mark.parametrize('trainable', slow_except([3], range(6)))
 def test_what_is_trained_and_what_is_frozen(trainable, tmp_path):
     """By name, as in torchvision; with what layer attention adds to the same blocks."""
     theirs = resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=trainable)
@@ -188,7 +186,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name', slow_except(['resnet18_mrlab'], LAYERS))
 def test_the_layers_of_other_pyramids(name, tmp_path):
     checkpoint = write_checkpoint(tmp_path / 'checkpoint', name)
     for trainable in range(6):
@@ -213,6 +211,7 @@ def add_weights(hub, repo_id, model):
     hub.commit(repo_id, {'model.safetensors': safetensors.torch.save(model.state_dict())})
 
 
+@pytest.mark.slow
 def test_a_warm_start_can_learn(hub):
     """Its norms at zero are not frozen, or nothing would ever reach what is before them."""
     backbone = randomize(timm.create_model('resnet18'))
@@ -258,7 +257,7 @@ FAMILIES += ['inception_next_atto_mrla', 'mambaout_femto_mrla', 'starnet_s1_mrla
 FAMILIES += ['davit_tiny_mrla']
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', slow_except(['convnext_atto_mrla', 'pvt_v2_b0_mrlab'], FAMILIES))
 def test_every_family(name):
     """Maps of the right sizes, and a gradient for each parameter, which DistributedDataParallel asks for."""
     backbone = faster_rcnn(name).backbone
@@ -270,6 +269,7 @@ def test_every_family(name):
     assert all(p.grad.any() for layer in layer_attentions(backbone).values() for p in layer.parameters())
 
 
+@pytest.mark.slow
 def test_maps_are_chosen_by_their_stride():
     """Here another of stride 64 follows."""
     with torch.device('meta'):
@@ -277,7 +277,7 @@ def test_maps_are_chosen_by_their_stride():
     assert [y.shape[-1] for y in maps.values()] == [16, 8, 4, 2, 1]
 
 
-@builders
+@pytest.mark.parametrize('builder', slow_except([faster_rcnn], ALL))
 def test_a_folder_and_the_hub(builder, hub, tmp_path):
     kwargs = {**SMALL, **ALL[builder], 'detections_per_img' if builder is retina_net else 'box_detections_per_img': 5}
     model = builder('resnet18_mrla', categories=CATEGORIES, image_mean=[0.5, 0.4, 0.3], **kwargs)
@@ -306,7 +306,7 @@ def test_a_folder_and_the_hub(builder, hub, tmp_path):
     assert builder('resnet18_mrla', weights=source, min_size=32).transform.min_size == (32,)
 
 
-@pytest.mark.parametrize('builder', [faster_rcnn, retina_net])
+@pytest.mark.parametrize('builder', [slow(faster_rcnn), retina_net])
 def test_a_checkpoint_of_the_training_script(builder, tmp_path):
     """Also of norms that were not frozen; the number of classes is the checkpoint's."""
     model = builder('resnet18_mrla', **SMALL, **ALL[builder])
@@ -430,7 +430,10 @@ def detect(*args, monkeypatch):
     main()
 
 
-@pytest.mark.parametrize(('builder', 'categories'), [(faster_rcnn, CATEGORIES), (mask_rcnn, CATEGORIES[:1])])
+@pytest.mark.parametrize(
+    ('builder', 'categories'),
+    [(faster_rcnn, CATEGORIES), slow((mask_rcnn, CATEGORIES[:1]))],
+)
 def test_a_picture_of_what_is_found(builder, categories, tmp_path, monkeypatch):
     """Two objects of class 3 in each image, at a score of exp(4) / (exp(4) + 2)."""
     model = builder('resnet18_mrla', categories=categories, box_detections_per_img=2, **SMALL)
@@ -495,44 +498,8 @@ def test_bad_pictures(args, message, files, tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.iterdir()]
 
 
-def batch_of_one_size():
-    """Of others, the smaller image is padded, which is not so in a process of its own."""
-    images, targets = batch(torch.float64)
-    images = [image[:, :64, :60] for image in images]
-    for target in targets:
-        target['boxes'] = target['boxes'].clamp(max=60)
-    return images, targets
-
-
-def train_one_image(rank, checkpoint, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    model = retina_net('resnet18_mrla', weights_backbone=checkpoint, num_classes=4, min_size=32, max_size=48).double()
-    model.load_state_dict(torch.load(f'{folder}/model.pth'))
-    images, targets = batch_of_one_size()
-    ddp = DistributedDataParallel(model.train())  # which fails if a parameter gets no gradient
-    for _ in range(2):
-        model.zero_grad()
-        sum(ddp(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
-    if rank == 0:
-        torch.save({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, f'{folder}/gradients.pth')
-    dist.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """RetinaNet's losses are means over the images, and nothing in them is drawn at random."""
-    checkpoint = write_checkpoint(tmp_path / 'checkpoint', 'resnet18_mrla')
-    model = retina_net('resnet18_mrla', weights_backbone=checkpoint, num_classes=4, min_size=32, max_size=48).double()
-    torch.save(model.state_dict(), tmp_path / 'model.pth')
-    torch.multiprocessing.spawn(train_one_image, (checkpoint, str(tmp_path)), nprocs=2)
-    sum(model.train()(*batch_of_one_size()).values()).backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert any('layer4.1.mrla.lam' in name for name in expected)
-    torch.testing.assert_close(torch.load(tmp_path / 'gradients.pth'), expected, rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.downstream
-@builders
+@pytest.mark.parametrize('builder', ALL)
 def test_onnx(builder, tmp_path):
     """By the exporter that traces, as torchvision's own; torch.export takes neither those nor ours."""
     import onnxruntime

@@ -1,13 +1,21 @@
 """Two gloo processes, under DistributedDataParallel or sharded, against one process with the whole batch."""
 
+from multiprocessing import forkserver
+
 import pytest
 import timm
 import torch
 import torch.distributed as dist
+from test_detection import batch, write_checkpoint
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_mrla.detection import retina_net
 from timm_mrla.hub import save_pretrained
+
+# the processes come from one that has imported this, which takes longer than what they run
+forkserver.set_forkserver_preload(['timm_mrla.detection'])
 
 MODELS = {
     # norms over groups: BatchNorm sees the batch of its own process only
@@ -44,7 +52,7 @@ def train_half(rank, name, checkpointing, folder):
 
 @pytest.mark.parametrize(('name', 'checkpointing'), [*zip(MODELS, (False, True, True, False), strict=True)])
 def test_gradients_are_those_of_the_whole_batch(name, checkpointing, tmp_path):
-    torch.multiprocessing.spawn(train_half, (name, checkpointing, str(tmp_path)), nprocs=2)
+    start_processes(train_half, (name, checkpointing, str(tmp_path)), nprocs=2, start_method='forkserver')
     model = create(name)
     model(images()).square().mean().backward()
     expected = {n: p.grad for n, p in model.named_parameters()}
@@ -73,7 +81,7 @@ def train_sharded(rank, name, folder):
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'deit_tiny_mrlab'])
 def test_sharded_models_train_and_are_saved_whole(name, tmp_path):
     """Also where single layers of layer attention are sharded by themselves."""
-    torch.multiprocessing.spawn(train_sharded, (name, str(tmp_path)), nprocs=2)
+    start_processes(train_sharded, (name, str(tmp_path)), nprocs=2, start_method='forkserver')
     model = create(name)
     expected = model.eval()(images())
     model.train()(images()).square().mean().backward()
@@ -81,3 +89,39 @@ def test_sharded_models_train_and_are_saved_whole(name, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / 'gradients.pth'), gradients, rtol=1e-10, atol=1e-12)
     loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, dtype=torch.float64).eval()
     assert torch.equal(loaded(images()), expected)
+
+
+def batch_of_one_size():
+    """Of others, the smaller image is padded, which is not so in a process of its own."""
+    images, targets = batch(torch.float64)
+    images = [image[:, :64, :60] for image in images]
+    for target in targets:
+        target['boxes'] = target['boxes'].clamp(max=60)
+    return images, targets
+
+
+def train_one_image(rank, checkpoint, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = retina_net('resnet18_mrla', weights_backbone=checkpoint, num_classes=4, min_size=32, max_size=48).double()
+    model.load_state_dict(torch.load(f'{folder}/model.pth'))
+    images, targets = batch_of_one_size()
+    ddp = DistributedDataParallel(model.train())  # which fails if a parameter gets no gradient
+    for _ in range(2):
+        model.zero_grad()
+        sum(ddp(images[rank : rank + 1], targets[rank : rank + 1]).values()).backward()
+    if rank == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, f'{folder}/gradients.pth')
+    dist.destroy_process_group()
+
+
+def test_gradients_of_a_detector_are_those_of_the_whole_batch(tmp_path):
+    """RetinaNet's losses are means over the images, and nothing in them is drawn at random."""
+    checkpoint = write_checkpoint(tmp_path / 'checkpoint', 'resnet18_mrla')
+    model = retina_net('resnet18_mrla', weights_backbone=checkpoint, num_classes=4, min_size=32, max_size=48).double()
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    start_processes(train_one_image, (checkpoint, str(tmp_path)), nprocs=2, start_method='forkserver')
+    sum(model.train()(*batch_of_one_size()).values()).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert any('layer4.1.mrla.lam' in name for name in expected)
+    torch.testing.assert_close(torch.load(tmp_path / 'gradients.pth'), expected, rtol=1e-10, atol=1e-12)

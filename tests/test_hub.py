@@ -14,6 +14,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from slow import slow, slow_except
 from test_timm import OF_THE_PAPER
 from timm.layers import to_ntuple
 from timm.models import save_for_hf
@@ -40,11 +41,16 @@ def run(*args, env, **kwargs):
     return subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
 
 
+def push(*args, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'push', *map(str, args)])
+    main()
+
+
 def cached_files(hub):
     return sorted(path.name for path in hub.cache.glob('models--*/snapshots/*/*'))
 
 
-@pytest.mark.parametrize('name', OF_THE_PAPER)
+@pytest.mark.parametrize('name', slow_except(['resnet18_mrlab', 'deit_tiny_mrla', 'ceit_tiny_mrla'], OF_THE_PAPER))
 def test_arguments_that_timm_has_for_pretrained_models(name, hub, tmp_path):
     fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
     model = create(name, num_classes=7, **({'img_size': 64} if fixed else {}))
@@ -94,13 +100,13 @@ def with_a_compiled_stage(model):
     [
         lambda model: model.to(memory_format=torch.channels_last),
         torch.compile,
-        with_a_compiled_stage,
+        slow(with_a_compiled_stage),
         ModelEmaV3,
-        AveragedModel,
+        slow(AveragedModel),
         DistributedDataParallel,
-        lambda model: torch.compile(DistributedDataParallel(model)),
-        lambda model: DistributedDataParallel(torch.compile(model)),
-        lambda model: ModelEmaV3(torch.compile(model)),
+        slow(lambda model: torch.compile(DistributedDataParallel(model))),
+        slow(lambda model: DistributedDataParallel(torch.compile(model))),
+        slow(lambda model: ModelEmaV3(torch.compile(model))),
         lambda model: fully_shard(model, mesh=torch.distributed.init_device_mesh('cpu', (1,))),
         checkpointed,
     ],
@@ -150,6 +156,7 @@ def test_revisions(hub, tmp_path):
     assert not torch.equal(first, latest)
 
 
+@pytest.mark.slow
 def test_push_and_load_in_fresh_processes(hub, tmp_path):
     model = create('deit_tiny_mrlab', num_classes=5, img_size=64)
     torch.save({'state_dict': model.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
@@ -188,14 +195,13 @@ def test_push_and_load_in_fresh_processes(hub, tmp_path):
     torch.testing.assert_close(torch.tensor(json.loads(online.stdout)), expected)
 
 
-def test_push_of_a_folder_brings_its_card_once(hub, tmp_path):
+def test_push_of_a_folder_brings_its_card_once(hub, tmp_path, monkeypatch):
     model = create('resnet18_mrla', num_classes=2)
     folder = tmp_path / 'model'
     save_pretrained(model, folder, model_card(model, f'local-dir:{folder}', license='mit'))
     with open(folder / 'README.md', 'a') as f:
         f.write('Trained on my own photographs.\n')
-    command = ['-m', 'timm_mrla', 'push', folder, REPO]
-    assert run(*command, env=hub.env).returncode == 0
+    push(folder, REPO, monkeypatch=monkeypatch)
     card = hub.repos[REPO][-1]['README.md'].decode()
     assert 'license: mit' in card
     assert 'Trained on my own photographs.' in card
@@ -244,21 +250,19 @@ def test_a_reparameterized_model_is_refused(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_folder_of_timms_own_is_pushed_without_its_pickle(hub, tmp_path):
+def test_a_folder_of_timms_own_is_pushed_without_its_pickle(hub, tmp_path, monkeypatch):
     model = create('resnet18_mrla', num_classes=2)
     save_for_hf(model, tmp_path / 'model')
     assert [path.name for path in (tmp_path / 'model').glob('*.bin')]
-    result = run('-m', 'timm_mrla', 'push', tmp_path / 'model', REPO, env=hub.env)
-    assert result.returncode == 0, result.stderr
+    push(tmp_path / 'model', REPO, monkeypatch=monkeypatch)
     assert sorted(hub.repos[REPO][-1]) == ['README.md', 'config.json', 'model.safetensors']
     assert torch.equal(timm.create_model(f'hf-hub:{REPO}', pretrained=True).fc.weight, model.fc.weight)
 
 
 def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
     def refusal(*args):
-        monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'push', *map(str, args)])
         with pytest.raises(SystemExit) as e:
-            main()
+            push(*args, monkeypatch=monkeypatch)
         assert e.value.code == 2
         return capsys.readouterr().err.splitlines()[-1]
 
@@ -296,7 +300,7 @@ def weights(**kwargs):
     ],
     ids=['corrupt header', 'wrong shape', 'plain backbone', 'partial', 'unknown key'],
 )
-@pytest.mark.parametrize('num_classes', [2, 3])
+@pytest.mark.parametrize('num_classes', slow_except([3], [2, 3]))
 def test_weights_that_do_not_fit(tensors, message, num_classes, hub, tmp_path):
     """Also with another number of classes, for which timm itself is not strict."""
     save_pretrained(create('resnet18_mrla', num_classes=2), tmp_path / 'model')

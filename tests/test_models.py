@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from flops import backbone
+from slow import slow_except
 from timm.models import VisionTransformer, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -19,9 +20,10 @@ PVTS = ['pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab']
 MAPS = [*RESNETS, *PVTS, 'efficientnet_b0_mrla']
 DEITS = ['deit_tiny_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla']
 TOKENS = [*DEITS, 'ceit_tiny_mrla']
-every = pytest.mark.parametrize('name', MAPS + TOKENS)
+SOME = [*RESNETS, 'pvt_v2_b0_mrlab', 'deit_tiny_mrlab', 'ceit_tiny_mrla']
+every = pytest.mark.parametrize('name', slow_except(SOME, MAPS + TOKENS))
 resnets = pytest.mark.parametrize('name', RESNETS)
-maps = pytest.mark.parametrize('name', MAPS)
+maps = pytest.mark.parametrize('name', slow_except(SOME, MAPS))
 deits = pytest.mark.parametrize('name', DEITS)
 tokens = pytest.mark.parametrize('name', TOKENS)
 
@@ -94,7 +96,7 @@ CONV_ARGUMENTS = [
 
 @resnets
 @pytest.mark.parametrize('kwargs', CONV_ARGUMENTS, ids=str)
-@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('train', slow_except([False], [False, True]))
 def test_without_its_branch_it_is_timms_resnet(name, kwargs, train):
     plain, stem = backbone(name)
     kwargs = dict(stem, **kwargs) if 'stem_type' not in kwargs else kwargs
@@ -143,7 +145,7 @@ def test_without_its_branch_it_is_timms_vision_transformer(name, kwargs):
 
 
 @pytest.mark.parametrize('name', [*PVTS, 'efficientnet_b0_mrla'])
-@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('train', slow_except([False], [False, True]))
 def test_without_its_branch_it_is_the_stock_model(name, train):
     plain = backbone(name)[0]
     kwargs = {'drop_path_rate': 0.2, 'drop_rate': 0.1}
@@ -165,7 +167,7 @@ def test_cardinality_and_base_width_make_a_resnext():
 
 
 @every
-@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('reentrant', slow_except([False], [False, True]))
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     from timm.layers import set_reentrant_ckpt
 
@@ -384,7 +386,7 @@ def test_transposed_grid_is_not_the_same_grid(name):
 
 
 @every
-@pytest.mark.parametrize('indices', [[0], [2], [0, 2, 3]])
+@pytest.mark.parametrize('indices', slow_except([[0, 2, 3]], [[0], [2], [0, 2, 3]]))
 def test_pruned_models_keep_their_taps_and_nothing_else(name, indices):
     model = create(name, drop_rate=0.5)
     x = images()
@@ -409,7 +411,7 @@ FEATURES = [(name, feature_cls) for name in RESNETS for feature_cls in (None, 'l
 FEATURES += [('efficientnet_b0_mrla', feature_cls) for feature_cls in (None, 'getter', 'hook', 'fx')]
 
 
-@pytest.mark.parametrize('output_stride', [8, 16, 32])
+@pytest.mark.parametrize('output_stride', slow_except([32], [8, 16, 32]))
 @pytest.mark.parametrize(('name', 'feature_cls'), FEATURES)
 def test_features(name, feature_cls, output_stride):
     model = create(
@@ -432,7 +434,7 @@ def test_features(name, feature_cls, output_stride):
 
 
 @pytest.mark.parametrize('name', PVTS)
-@pytest.mark.parametrize('feature_cls', [None, 'dict', 'getter', 'hook', 'fx'])
+@pytest.mark.parametrize('feature_cls', slow_except([None], [None, 'dict', 'getter', 'hook', 'fx']))
 def test_pyramid_features(name, feature_cls):
     model = create(name, features_only=True, out_indices=(1, 3), feature_cls=feature_cls).eval()
     out = model(images(64, 96))
@@ -584,7 +586,13 @@ def test_autocast(name):
 
 
 # one of each block, form and kind; without gradients, all modules compile in test_contract.py
-@pytest.mark.parametrize('name', [*RESNETS, 'pvt_v2_b0_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'ceit_tiny_mrla'])
+@pytest.mark.parametrize(
+    'name',
+    slow_except(
+        ['resnet18_mrlab', 'deit_tiny_mrlab'],
+        [*RESNETS, 'pvt_v2_b0_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'ceit_tiny_mrla'],
+    ),
+)
 def test_compile_without_a_graph_break(name):
     model = create(name)
     x = images()
@@ -597,6 +605,7 @@ def test_compile_without_a_graph_break(name):
     torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'deit_tiny_mrlab'])
 def test_compile_with_inductor(name):
     model = create(name, dtype=torch.float32).eval()
@@ -606,7 +615,7 @@ def test_compile_with_inductor(name):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-@every
+@pytest.mark.parametrize('name', slow_except(['resnet18_mrlab'], MAPS + TOKENS))
 def test_export(name):
     model = create(name).eval()
     shapes = {0: torch.export.Dim('batch', max=64)}

@@ -39,6 +39,7 @@ def test_the_widths_of_kernels():
         assert LightWeights(dim, 1).qk.kernel_size == (1, 3 if dim < 128 else 5 if dim < 2048 else 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet50', 'resnet50_mrla'])
 def test_what_bfloat16_loses(name):
     torch.manual_seed(0)

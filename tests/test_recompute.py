@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from memory import saved_bytes
+from slow import slow
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -102,6 +103,7 @@ def test_a_step_is_the_same_to_the_last_bit(kind, case):
         assert torch.equal(recomputed[name], saved[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recompute', [False, True])
 @every_kind
 def test_a_compiled_step_is_the_same(kind, recompute):
@@ -111,6 +113,7 @@ def test_a_compiled_step_is_the_same(kind, recompute):
     torch.testing.assert_close(outcome(kind, recompute, backend='aot_eager'), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_step_compiled_by_inductor_is_the_same():
     torch.testing.assert_close(outcome('base', True, backend='inductor'), outcome('base', False), rtol=1e-9, atol=1e-9)
 
@@ -129,7 +132,10 @@ def step(name, checkpointing=False, **kwargs):
 
 @pytest.mark.parametrize(
     'name',
-    ['resnet18_mrla', 'resnet18_mrlab', 'efficientnet_b0_mrla', 'deit_tiny_mrlab', 'ceit_tiny_mrla', 'pvt_v2_b0_mrla'],
+    [
+        *('resnet18_mrlab', 'deit_tiny_mrlab'),
+        *map(slow, ('resnet18_mrla', 'efficientnet_b0_mrla', 'ceit_tiny_mrla', 'pvt_v2_b0_mrla')),
+    ],
 )
 def test_models_train_the_same(name):
     """With recomputation, and with gradient checkpointing on top."""
@@ -175,7 +181,7 @@ def test_what_is_saved(name, plain):
 
 
 @pytest.mark.parametrize('impl', CheckpointImpl)
-@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'pvt_v2_b0_mrlab'])
+@pytest.mark.parametrize('name', [slow('resnet18_mrla'), 'resnet18_mrlab', slow('pvt_v2_b0_mrlab')])
 def test_torchs_own_checkpointing_of_blocks_gives_the_same_gradients(name, impl):
     """Also the reentrant one, to which tensors that are nested in a list are invisible."""
     torch.manual_seed(0)

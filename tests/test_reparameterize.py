@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from slow import slow_except
 from timm.layers import LayerNorm2d
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -121,7 +122,7 @@ def test_outputs_of_layers(layer, case, mode):
     assert all(a.stride() == b.stride() for a, b in zip(outputs[:3], expected[:3], strict=True))
 
 
-@pytest.mark.parametrize('backend', [None, 'aot_eager'], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('backend', slow_except([None], [None, 'aot_eager']), ids=['eager', 'compiled'])
 @every_case
 @every_layer
 def test_gradients_of_layers(layer, case, backend):

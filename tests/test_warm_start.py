@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from flops import backbone
+from slow import slow_except
 from timm.models import get_pretrained_cfg, group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
 
@@ -26,6 +27,9 @@ WARM = {
     'pvt_v2_b0_mrla': 'in1k',
     'pvt_v2_b0_mrlab': 'in1k',
 }
+every = pytest.mark.parametrize(
+    'name', slow_except(['resnet18_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla'], WARM)
+)
 LOGGER = 'timm_mrla.models._weights'
 
 
@@ -52,7 +56,7 @@ def warm(name, **kwargs):
     return timm.create_model(f'{name}.warmstart_{WARM[name]}', pretrained=True, **kwargs)
 
 
-@pytest.mark.parametrize('name', WARM)
+@every
 def test_it_computes_what_the_backbone_computes(name, hub):
     """To the last bit, in eval mode and, batch norm or not, in train mode; the gates have gradients."""
     plain, model = add_backbone(hub, name), warm(name)
@@ -71,7 +75,7 @@ def test_it_computes_what_the_backbone_computes(name, hub):
     assert all(gate.grad.any() for layer in layers for gate in layer.gates() if gate is not dead)
 
 
-@pytest.mark.parametrize('name', WARM)
+@every
 def test_it_can_be_adapted(name, hub):
     plain = add_backbone(hub, name)
     size = {'img_size': 64} if get_pretrained_cfg(name).fixed_input_size else {}
@@ -85,7 +89,7 @@ def test_it_can_be_adapted(name, hub):
         assert all(torch.equal(y, expected[i]) for y, i in zip(features(x), indices, strict=True))
 
 
-@pytest.mark.parametrize('name', WARM)
+@every
 def test_layer_decay_takes_it_for_as_new_as_the_head(name, hub, tmp_path):
     """Until it is saved and loaded as a trained model: then it has the rate of its block, as from the start."""
     plain, model = add_backbone(hub, name), warm(name)
@@ -113,7 +117,7 @@ def test_deit_that_pools_its_patches(hub):
     assert torch.equal(model.fc_norm.weight, plain.norm.weight)
 
 
-@pytest.mark.parametrize('num_classes', [1000, 3])
+@pytest.mark.parametrize('num_classes', slow_except([3], [1000, 3]))
 def test_what_is_no_backbone_is_refused_by_name(num_classes, hub):
     def message(state_dict):
         add_backbone(hub, 'resnet18_mrla', state_dict)

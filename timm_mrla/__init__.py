@@ -2,7 +2,18 @@
 
 from timm_mrla import detection, models
 from timm_mrla.attention import feature_maps, layer_attention
+from timm_mrla.fused import why_not_fused
 from timm_mrla.models import attach, sites
+from timm_mrla.ops import set_fused
 
-__all__ = ['attach', 'detection', 'feature_maps', 'layer_attention', 'models', 'sites']
+__all__ = [
+    'attach',
+    'detection',
+    'feature_maps',
+    'layer_attention',
+    'models',
+    'set_fused',
+    'sites',
+    'why_not_fused',
+]
 __version__ = '0.1.0'

@@ -46,7 +46,7 @@ def find(model: nn.Module, block: str) -> nn.Module:
     return attentions[block]
 
 
-def _run(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]) -> None:
+def run_with_hooks(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]) -> None:
     """Pass images through a model with forward hooks on some of its modules, and leave no trace in it."""
     if images.ndim not in (3, 4):
         raise ValueError(f'images {[*images.shape]} are neither [C, H, W] nor [B, C, H, W]')
@@ -105,13 +105,13 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
     attentions = by_block(model)
-    _run(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
+    run_with_hooks(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
 
     stages, last_place = [], None
     for block, mrla, shape, out in calls:
         holder = block.rpartition('.')[0]
         if isinstance(mrla, MrlaBase):
-            row = _copy(out[0])
+            row = _copy(out[0]).softmax(-1)
             starts = row.shape[-1] == 1
         else:
             row = _copy(mrla.attn.per_channel(out, mrla.v.out_channels).flatten(2))
@@ -159,6 +159,6 @@ def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[to
         for x in (call['x'], out[0] if isinstance(out, tuple) else out):
             maps.append(_copy(to_map(x, mrla.layout, call.get('feat_size'))[0]))
 
-    _run(model, images, {mrla: record})
+    run_with_hooks(model, images, {mrla: record})
     before, after = maps
     return before, after

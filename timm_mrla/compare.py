@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from timm.models import is_model_pretrained
 from tqdm import tqdm
@@ -65,18 +66,49 @@ def _arms(model: str) -> tuple[Arm, Arm]:
     return Arm(plain, tuple(f'{key}={value}' for key, value in MODEL_ARGS.get(entry, {}).items())), Arm(model)
 
 
+def _read_config(path: str) -> dict[str, Any]:
+    """What a YAML file for train.py says; ValueError if it is none."""
+    try:
+        config = yaml.safe_load(Path(path).read_text()) if path else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path!r} cannot be read as YAML: {e}') from e
+    if not isinstance(config, dict):
+        raise ValueError(f'{path!r} holds no arguments of train.py by name, such as lr: 0.1')
+    return config
+
+
 def _parse(train_args: list[str]) -> argparse.Namespace:
-    """Arguments of train.py: those that differ between arms, and in `rest` the others."""
+    """Arguments of train.py: those that compare gives it beside its own, and in `rest` the others.
+
+    As train.py does, what a YAML file says (-c) is taken where the command line says nothing.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own = [parser.add_argument(f'--{name}') for name in ('model', 'seed', 'output', 'experiment', 'resume')]
     own.append(parser.add_argument('--pretrained', action='store_true', default=None))
-    parser.add_argument('--model-kwargs', nargs='*', default=[])
-    parser.add_argument('--device-modules', nargs='+', default=[])
-    parser.add_argument('--device', default='cuda')  # as in train.py
-    args, args.rest = parser.parse_known_args(train_args)
+    parser.add_argument('-c', '--config', default='')
+    parser.add_argument('--model-kwargs', nargs='*')
+    parser.add_argument('--device')
+    parser.add_argument('--device-modules', nargs='+')
+    options = parser._option_string_actions  # private, but argparse tells its options nowhere else
+    for name in (arg.partition('=')[0] for arg in train_args):
+        if len(name) > 2 and name not in options and (long := [o for o in options if o.startswith(name)]):
+            raise ValueError(f'{name} may be short for {" or ".join(long)}; write it in full')
+    args, rest = parser.parse_known_args(train_args)
+    config = _read_config(args.config)
     for action in own:
         if getattr(args, action.dest) is not None:
             raise ValueError(f'compare itself gives train.py its {action.option_strings[0]}; leave it out')
+        if config.get(action.dest) not in (None, '') and config[action.dest] is not False:
+            raise ValueError(f'compare itself gives train.py its {action.dest}; leave it out of {args.config!r}')
+    if args.model_kwargs is None:
+        kwargs = config.get('model_kwargs') or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f'model_kwargs in {args.config!r} are not values by name, such as drop_rate: 0.1')
+        args.model_kwargs = [f'{name}={value!r}' for name, value in kwargs.items()]
+    args.device_modules = args.device_modules or config.get('device_modules') or []
+    args.device = args.device or config.get('device') or 'cuda'  # as in train.py
+    args.rest = [] if 'checkpoint_hist' in config else ['--checkpoint-hist', '1']
+    args.rest += (['-c', args.config] if args.config else []) + rest
     return args
 
 
@@ -129,7 +161,7 @@ class Run:
         # the plain backbone has no arguments of layer attention
         plain = self.arm.model.partition('.')[0] not in BACKBONES
         kwargs = [kwarg for kwarg in args.model_kwargs if not (plain and kwarg.startswith('mrla_'))]
-        command = [sys.executable, launcher.__file__, script, '--checkpoint-hist', '1', *args.rest]
+        command = [sys.executable, launcher.__file__, script, *args.rest]
         command += ['--model', self.arm.model, '--seed', str(self.seed)]
         command += ['--output', str(self.folder.parent), '--experiment', self.folder.name]
         command += ['--model-kwargs', *kwargs, *self.arm.model_args]
@@ -159,7 +191,7 @@ def _results(runs: list[Run], pairs: dict[str, tuple[Arm, Arm]], metric: str) ->
         if run.name not in failed:
             found[run.arm.name][run.seed] = run.result(f'eval_{metric}')
     if not any(found.values()):
-        raise ValueError('no run came to its end')
+        raise ValueError(f'no run came to its end; failed: {"; ".join(failed)}')
     last = {
         arm: {seed: [*run['curve'].values()][-1] for seed, run in by_seed.items()} for arm, by_seed in found.items()
     }
@@ -239,7 +271,7 @@ def _claim(out: Path, comparison: dict[str, Any]) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         if found != comparison:
-            theirs = ' '.join([*found['models'], '--', *found['arguments']])
+            theirs = ' '.join([*found['models'], '--', *found['arguments'], found.get('config', '')])
             raise ValueError(f'{str(out)!r} belongs to another comparison, {theirs}; name another --out')
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'{str(out)!r} is not empty and no folder of a comparison; name another --out')
@@ -301,8 +333,8 @@ def compare(
         script: Path of timm's train.py.
         models: Entries with layer attention, also with the tag of a warm start.
         out: Folder of the comparison. One that was stopped goes on where it was.
-        train_args: Further arguments of train.py, the same for all. `mrla_*` among its --model-kwargs are not for the
-            plain backbones.
+        train_args: Further arguments of train.py, the same for all, also in a YAML file (-c). `mrla_*` among its
+            --model-kwargs are not for the plain backbones.
         seeds: Number of seeds, from 0 on.
         metric: What train.py evaluates and the report is on: 'top1', 'top5' or 'loss'.
         devices: So many runs at once, each with one of these as its CUDA_VISIBLE_DEVICES, or as it is if None.
@@ -326,7 +358,8 @@ def compare(
         raise ValueError('--jobs 0 is less than 1')
     args, pairs = _parse(train_args), {model: _arms(model) for model in models}
     path = Path(out)
-    _claim(path, {'models': models, 'arguments': train_args})
+    config = {'config': Path(args.config).read_text()} if args.config else {}
+    _claim(path, {'models': models, 'arguments': train_args, **config})
     arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
     runs = [Run(arm, seed, path / 'runs' / arm.name / str(seed)) for seed in range(seeds) for arm in arms]
     _check_metric(runs, f'eval_{metric}')
@@ -336,13 +369,14 @@ def compare(
     except Timeout:
         raise ValueError(f'{out!r} is being worked on by another process') from None
 
+    found = _results(runs, pairs, metric)
     results = {
         **about(args.device.partition(':')[0]),
         'train_py': script,
         'arguments': train_args,
         'metric': metric,
         'runs_at_once': len(devices),
-        **_results(runs, pairs, metric),
+        **found,
     }
     _write(path / 'results.json', json.dumps(results, indent=2) + '\n')
     _write(path / 'results.md', report(results))

@@ -20,7 +20,7 @@ from torch import nn
 
 import timm_mrla.models
 from timm_mrla.layers import MrlaLight, layer_attentions
-from timm_mrla.models._loops import View
+from timm_mrla.models._loops import SelfWithOverrides
 from timm_mrla.models._weights import StateDict, convert_state_dict
 
 __all__ = ['load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
@@ -325,7 +325,7 @@ def save_pretrained(
     card = card or model_card(model, f'local-dir:{folder}')
     requires = {'requires': ['timm_mrla']}
     with new_folder(folder) as out:
-        view = View(plain, state_dict=lambda: state_dict)
+        view = SelfWithOverrides(plain, state_dict=lambda: state_dict)
         save_for_hf(view, out, model_config=requires, data_config=data_config, safe_serialization=True)
         card.save(os.path.join(out, 'README.md'))
 

@@ -21,10 +21,12 @@ def _processor() -> str:
 
 def about(device: str) -> dict[str, str]:
     """The date, the machine's GPU if the device is 'cuda', else its processor, and the versions."""
-    cpu = f'{torch.get_num_threads()} threads, {_processor()}'
+    name = f'{torch.get_num_threads()} threads, {_processor()}'
+    if device == 'cuda':  # no name of it is known where a comparison from another machine is looked at
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else device
     return {
         'date': datetime.date.today().isoformat(),
-        'device': torch.cuda.get_device_name() if device == 'cuda' else cpu,
+        'device': name,
         'python': platform.python_version(),
         'torch': torch.__version__,
         'timm': timm.__version__,

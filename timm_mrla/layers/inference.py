@@ -32,6 +32,8 @@ def _cast(*parameters: nn.Parameter, like: torch.Tensor) -> list[torch.Tensor]:
 class InferenceLight(nn.Module):
     """MRLA-light of the form `post`: `x = mrla(x, o)`."""
 
+    fused = None  # as that of MrlaLight
+
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
         scale, bias = _fold(mrla.norm)
@@ -42,6 +44,8 @@ class InferenceLight(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
+        if self.fused and (out := self.fused(self, x, o, feat_size)) is not None:
+            return out
         x, prefix = to_map(x, self.layout, feat_size)
         o, _ = to_map(o, self.layout, feat_size)
         g = self.attn.per_channel(self.attn(x, self.dim), self.dim)
@@ -66,10 +70,10 @@ class InferenceBase(nn.Module):
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         x, prefix = to_map(x, self.layout, feat_size)
         dim = self.v.out_channels
-        weights, k = self.attn(x, dim, memory[::2])
+        scores, k = self.attn(x, dim, memory[::2])
         memory = (*memory, k, v := self.v(x))
         scale, m = _cast(self.scale, self.bias, like=v)
-        weights = [self.attn.per_channel(w, dim).to(v.dtype) * scale for w in weights.unbind(-1)]
+        weights = [self.attn.per_channel(w, dim).to(v.dtype) * scale for w in scores.softmax(-1).unbind(-1)]
         if torch.is_grad_enabled() or x.dtype != v.dtype:
             for weight, value in zip(weights, memory[1::2], strict=True):
                 m = m + weight * value

@@ -45,6 +45,8 @@ class _LayerAttention(nn.Module):
     """What MRLA adds to a block. A subclass says how weights and values make m."""
 
     recompute = False  # what backward needs of the branch, rather than save it
+    # `fused(self, x, o, feat_size)`: the output by fused kernels, or None where they may not run; set by timm_mrla.ops
+    fused: Callable[..., torch.Tensor | None] | None = None
 
     def __init__(
         self,
@@ -139,6 +141,8 @@ class MrlaLight(_LayerAttention):
             x with what was retrieved added to it.
         """
         args = (x, o, feat_size)
+        if self.fused and (out := self.fused(self, *args)) is not None:
+            return out
         return x + self.drop_path(recompute(self, self.branch, *args) if self.recompute else self.branch(*args))
 
     @torch.no_grad()
@@ -165,9 +169,9 @@ class MrlaBase(_LayerAttention):
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What is added to x, but for drop_path, and the block's key and value."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
-        weights, k = self.attn(y, self.v.out_channels, memory[::2])
+        scores, k = self.attn(y, self.v.out_channels, memory[::2])
         v = self.v(y)
-        m = None
+        weights, m = scores.softmax(-1), None
         for s, value in enumerate((*memory[1::2], v)):
             retrieved = self.attn.per_channel(weights[..., s], self.v.out_channels).to(v.dtype) * value
             m = retrieved if m is None else m + retrieved

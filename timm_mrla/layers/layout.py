@@ -13,11 +13,15 @@ def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.
         return x, None
     if layout == 'NHWC':
         return x.permute(0, 3, 1, 2), None
+    if feat_size is None:
+        raise ValueError(f'tokens {[*x.shape]} do not tell the grid of their patches: call with feat_size=(H, W)')
     H, W = feat_size
     P = x.shape[1] - H * W
     x, prefix = (x[:, P:], x[:, :P]) if isinstance(P, torch.fx.Proxy) or P else (x, None)  # a proxy is any number
     # other ways to the same values give one image strides of which torch's batch norm computes wrong gradients
-    return x.unflatten(1, (H, W)).permute(0, 3, 1, 2), prefix
+    x = x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
+    # exporters take an example batch of one for the only batch where a convolution reads such a view
+    return x.contiguous() if torch.compiler.is_exporting() else x, prefix
 
 
 def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 Memory = tuple[torch.Tensor, ...]  # key, value, key, value, ...
@@ -36,7 +37,8 @@ class _Weights(nn.Module):
             raise ValueError(f'{dim} channels are no multiple of the {self.num_heads} heads; prune to one that is')
         # the gradient of a sum is a view, where that of a mean is a map; float16 cannot hold the sum of a large map
         y = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
-        qk = self.qk(y.to(x.dtype)[None, None])[0].unflatten(-1, (self.num_heads, dim // self.num_heads))
+        y = F.pad(y.to(x.dtype), (0, 0, 0, 1))  # torch refuses an image of height 0, an empty batch
+        qk = self.qk(y[None, None]).unflatten(-1, (self.num_heads, dim // self.num_heads))[0, :, :-1]
         return qk[0] * (dim // self.num_heads) ** -0.5, qk[1]
 
     def per_channel(self, weights: torch.Tensor, dim: int) -> torch.Tensor:
@@ -52,11 +54,13 @@ class LightWeights(_Weights):
 
 
 class BaseWeights(_Weights):
-    """The attention of MRLA-base: `softmax_s(<q_t, k_s> / sqrt(d))` over the blocks s <= t of the stage.
+    """The scores of MRLA-base: `<q_t, k_s> / sqrt(d)` for the blocks s <= t of the stage, before the softmax over s.
 
-    Map [B, C, H, W], dim, C, and the keys of the blocks s < t -> weights [B, heads, t + 1] and the key of block t.
+    Map [B, C, H, W], dim, C, and the keys of the blocks s < t -> scores [B, heads, t + 1] and the key of block t. The
+    softmax is in the layer that holds this module: here, its name in a traced graph would end in `attn.softmax`, by
+    which timm and others find the attention between tokens.
     """
 
     def forward(self, x: torch.Tensor, dim: int, keys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = self.query_key(x, dim)
-        return torch.stack([(q * key).sum(-1) for key in (*keys, k)], dim=-1).softmax(-1), k
+        return torch.stack([(q * key).sum(-1) for key in (*keys, k)], dim=-1), k

@@ -12,6 +12,8 @@ from timm_mrla.models._weights import forget_source
 
 def _entry(model: nn.Module) -> str:
     """The name of a model in timm's registry, without layer attention; '' if it has none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'a model is needed, and {model!r:.80} is none; timm.create_model builds one')
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or ''
     return BACKBONES.get(name, name)
 
@@ -30,13 +32,20 @@ def sites(model: nn.Module) -> Sites:
 
 
 def _wrapper(model: nn.Module) -> str:
-    """What a model is wrapped by, if it is."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import
+    """What a model or a part of it is wrapped by, if it is."""
+    from torch.distributed.fsdp import FSDPModule  # slow to import
 
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
     if getattr(model, '_compiled_call_impl', None) is not None or hasattr(model, '_orig_mod'):
         return 'torch.compile'
-    return next((cls.__name__ for m in model.modules() for cls in wrappers if isinstance(m, cls)), '')
+    for module in model.modules():
+        own = {*module._modules, *dir(type(module))}
+        parts = [part for c in module.children() if type(c) not in LightBlock.classes for part in c.named_children()]
+        passes_on = any(name not in own and getattr(module, name, None) is part for name, part in parts)  # __getattr__
+        holds = len(module._modules) == 1 and isinstance(getattr(module, 'module', None), nn.Module)  # torch's, timm's
+        alone = isinstance(module, nn.Sequential) and len(module) == 1 and hasattr(module[0], 'forward_features')
+        if passes_on or holds or alone or isinstance(module, FSDPModule):
+            return type(module).__name__
+    return ''
 
 
 def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity: bool = True) -> nn.Module:
@@ -56,15 +65,19 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
         The same model.
 
     Raises:
+        TypeError: It is no model, or a pattern is no string.
         ValueError: The model has layer attention, is wrapped, or has no block that can have it, or a pattern matches
             none.
     """
+    backbone = _entry(model)
     if layer_attentions(model):
         raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
     if wrapper := _wrapper(model):
         raise ValueError(f'{type(model).__name__} is wrapped by {wrapper}; attach first, then wrap')
-    blocks = [blocks] if isinstance(blocks, str) else blocks and [*blocks]
-    backbone = _entry(model)
+    if blocks is not None:
+        given, blocks = blocks, [*blocks] if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
+        if not all(isinstance(pattern, str) for pattern in blocks):
+            raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
     graft(model, LightBlock, backbone, blocks, identity)
     entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
     if entry:

@@ -178,7 +178,10 @@ def _like(norm: nn.Module, on_maps: bool) -> Callable[..., nn.Module]:
         fresh = copy.deepcopy(norm).requires_grad_()
         if hasattr(fresh, 'act'):
             fresh.act = nn.Identity()
-        fresh.reset_parameters()
+        if getattr(fresh, 'bias', None) is None:  # torch 2.9 cannot reset a norm without bias
+            nn.init.ones_(fresh.weight)
+        else:
+            fresh.reset_parameters()
         return fresh
 
     return build
@@ -199,6 +202,8 @@ class BaseBlock(_Block):
     layer, prefix, max_dim_head, classes = MrlaBase, 'MrlaBase', {'post': 16, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: Grid = None, **kwargs) -> Memory:
+        if isinstance(x, tuple):
+            raise TypeError('a block of MRLA-base passes its memory on: x, *memory = block(x, *memory, feat_size=...)')
         x, memory = self.mrla(super().forward(x, **kwargs), memory, feat_size)
         return x, *memory
 
@@ -254,15 +259,16 @@ def graft(
                 )
         sites = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
 
-    modules = dict(model.named_modules())
+    modules, hosts = dict(model.named_modules()), {}
     for site in sites:
         block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]
         cls.graft(block, site, drop_path)
-        host = cls.host_of(owner)
-        if host and not isinstance(owner, host):
-            host.adopt(owner, **host_args)
+        if host := cls.host_of(owner):
+            hosts[owner] = host
+    for owner, host in hosts.items():
+        host.adopt(owner, **host_args)
     if identity:
         start_as_backbone(model)
-    if host_args and not host:
+    if host_args and not hosts:
         raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')

@@ -1,27 +1,38 @@
-"""timm's own loops over blocks, made to hand on what they don't know of: a grid of tokens, the memory of MRLA-base."""
+"""Runs timm's loops over blocks with what these do not pass on: the grid of tokens, the memory of MRLA-base."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from timm_mrla.layers import Grid, recompute
+from timm_mrla.layers import Grid, layer_attentions, recompute
+from timm_mrla.models._graft import LightBlock
 
 
-class View:
-    """A module as one call of a method of timm's sees it: with other attributes, which the module itself never has."""
+class SelfWithOverrides:
+    """Stands in for `self` in one call of a timm method, with some attributes replaced.
 
-    def __init__(self, module: nn.Module, **attributes) -> None:
-        self.__dict__.update(attributes, _module=module)
+    timm's `forward_features` calls `self.blocks(x)`, but a block with layer attention needs the grid of its tokens too.
+    Storing the grid on the model would mix up two threads with images of two sizes, and a copy of the method would have
+    to follow each release of timm. So timm's own method runs, with another `self`:
+
+        call = SelfWithOverrides(vit, blocks=with_grid(vit.blocks, (14, 14)))
+        VisionTransformer.forward_features(call, images)  # reads `blocks` from call, and everything else from vit
+    """
+
+    def __init__(self, module: nn.Module, **overrides: Any) -> None:
+        self._module = module
+        for name, value in overrides.items():  # dynamo of torch 2.9 cannot trace an update of self.__dict__
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
-class Calls(list):
-    """Functions in the place of an `nn.Sequential`."""
+class Calls(list[Callable[..., Any]]):
+    """A list of functions that is called as the `nn.Sequential` in whose place it stands."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         for call in self:
@@ -29,9 +40,30 @@ class Calls(list):
         return x
 
 
-def with_grid(blocks: nn.Module, feat_size: tuple[int, int]) -> Calls:
-    """Blocks as functions of tokens, the grid (H, W) handed to those that have layer attention."""
-    return Calls(partial(b, feat_size=feat_size) if hasattr(b, 'mrla') else b for b in blocks)
+def _hides(block: nn.Module) -> bool:
+    """Whether a module in the place of a block is a user's wrapper that hides layer attention.
+
+    A wrapper that passes attributes on, such as torch's for checkpointing, hides nothing.
+    """
+    return not hasattr(block, 'mrla') and type(block) not in LightBlock.classes and bool(layer_attentions(block))
+
+
+def _hidden(block: nn.Module, needs: str) -> ValueError:
+    return ValueError(
+        f'{type(block).__name__} hides a block with layer attention, which needs {needs}: give it the attribute `mrla` '
+        'of the block, and let its forward pass all arguments and results on'
+    )
+
+
+def with_grid(blocks: Iterable[nn.Module], feat_size: tuple[int, int], own: Grid = None) -> Calls:
+    """Blocks as functions of tokens, where those with layer attention get the grid (H, W) of the tokens.
+
+    On the grid own, of the model's own input size, a wrapper may hide a block, because blocks assume that grid.
+    """
+    for block in blocks:
+        if _hides(block) and feat_size != own:
+            raise _hidden(block, f'the grid of its tokens, here {feat_size}')
+    return Calls([partial(b, feat_size=feat_size) if hasattr(b, 'mrla') else b for b in blocks])
 
 
 def with_memory(
@@ -39,15 +71,20 @@ def with_memory(
 ) -> Calls:
     """Blocks of MRLA-base as functions of one tensor, to be called once each and in their order.
 
-    The memory starts anew after depth blocks, if given; the grid (H, W) of tokens may also be handed over with them.
+    The memory starts anew after depth blocks, if given. The grid (H, W) of tokens is given here, or in each call after
+    the tokens.
     """
     memory = []
 
-    def call(i: int, block: nn.Module, x: torch.Tensor, grid: Grid = feat_size, **kwargs):
+    def call(i: int, block: nn.Module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if depth and i % depth == 0:
             memory.clear()
         run = partial(recompute, block, block) if grad_checkpointing else block
-        x, *memory[:] = run(x, *memory, feat_size=grid, **kwargs)
+        if _hides(block):
+            raise _hidden(block, 'the memory of the blocks before it')
+        if not hasattr(block, 'mrla'):
+            return run(x, *args, **kwargs)
+        x, *memory[:] = run(x, *memory, feat_size=args[0] if args else feat_size, **kwargs)
         return x
 
-    return Calls(partial(call, i, block) for i, block in enumerate(blocks))
+    return Calls([partial(call, i, block) for i, block in enumerate(blocks)])

@@ -1,5 +1,6 @@
 """timm's entries with layer attention as entries of their own: registration, configuration and construction."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def register_entries(
     module: str,
     blocks: dict[type[nn.Module], Recipe],
     names: dict[str, str] | None = None,
+    without: str = '',
     base: type[LightBlock] | type[BaseBlock] = LightBlock,
     warm: bool = True,
     cfg: dict[str, Any] | None = None,
@@ -42,6 +44,8 @@ def register_entries(
         module: `__name__` of a module of ours.
         blocks: How the blocks of its models get layer attention.
         names: Names of ours, without ending, where they are not timm's; of MRLA-base, those that have it.
+        without: Pattern of timm's names, as of `re.fullmatch`, that get no entry, because none of their blocks has a
+            shortcut that keeps the shape.
         base: What the classes of these blocks are made with.
         warm: Whether the entries have warm starts.
         cfg, **kwargs: What their configurations say otherwise than timm's; filter_fn and model_args, as below.
@@ -51,7 +55,8 @@ def register_entries(
     kind, ending = (BaseBlock, '_mrlab') if issubclass(base, BaseBlock) else (LightBlock, '_mrla')
     for backbone in models.list_models(module=name):
         stock, entry = models.model_entrypoint(backbone), names.get(backbone, backbone) + ending
-        if stock.__module__ != f'timm.models.{name}' or (kind is BaseBlock and backbone not in names):
+        elsewhere = stock.__module__ != f'timm.models.{name}' or (kind is BaseBlock and backbone not in names)
+        if elsewhere or re.fullmatch(without, backbone):
             continue
         default = sys.modules[stock.__module__].default_cfgs[backbone]
         cfgs = {
@@ -98,17 +103,22 @@ def register_entry(
     return True
 
 
-def _with_builder(entrypoint: Entrypoint, builder: Entrypoint) -> Entrypoint:
-    """An entrypoint of timm's, for which the functions of its module call another `build_model_with_cfg`.
+def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) -> nn.Module:
+    """Call an entrypoint of timm's, for which the functions of its module call another `build_model_with_cfg`.
 
-    What a family gives that function, its class, filter of checkpoints and features, is to be had nowhere else.
+    Nothing else of timm's tells what a family passes to that function: its class, its filter of checkpoints and its
+    features.
     """
     scope = dict(entrypoint.__globals__, build_model_with_cfg=builder)
     for name, fn in entrypoint.__globals__.items():
         if isinstance(fn, FunctionType) and fn.__globals__ is entrypoint.__globals__:
             scope[name] = FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
             scope[name].__kwdefaults__ = fn.__kwdefaults__
-    return scope[entrypoint.__name__]
+    try:
+        return scope[entrypoint.__name__](**kwargs)
+    finally:
+        # scope and its functions hold each other: without this, model and weights would live on with them
+        del scope['build_model_with_cfg']
 
 
 def build(
@@ -170,7 +180,7 @@ def build(
     try:
         # some of timm's functions look at the tag
         tag = (cfg.tag or '').removeprefix(weights.TAG)
-        model = _with_builder(stock, builder)(pretrained=pretrained, pretrained_cfg=tag, **kwargs)
+        model = _call_with_builder(stock, builder, pretrained=pretrained, pretrained_cfg=tag, **kwargs)
     except AssertionError as e:
         reason = str(e) or traceback.extract_tb(e.__traceback__)[-1].line
         arguments = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if isinstance(v, int | float | str | tuple))

@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -87,18 +86,26 @@ def start_as_backbone(model: nn.Module) -> None:
         for gate in layer.gates():
             nn.init.zeros_(gate)
     if hasattr(model, 'group_matcher'):
-        model.group_matcher = partial(_group_with_head, model)  # copies and pickles with the model
+        model.group_matcher = _GroupMatcher(model)
 
 
-def _group_with_head(model: nn.Module, coarse: bool = False) -> dict[str, Any]:
-    """timm's patterns of groups of parameters; those of layer attention match none, as those of the head do."""
+class _GroupMatcher:
+    """A model's `group_matcher`, in which the names of layer attention match no pattern, as those of the head do.
 
-    def without(spec: Any) -> Any:
+    It holds the patterns and not the model, which would otherwise hold itself and live on until garbage is collected.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
+
+    def __call__(self, coarse: bool = False) -> dict[str, Any]:
+        return {name: self.without(spec) for name, spec in self.groups[bool(coarse)].items()}
+
+    def without(self, spec: Any) -> Any:
+        """A pattern, or a list of patterns and suffixes, that matches no name of layer attention."""
         if isinstance(spec, list | tuple):
-            return [(without(pattern), suffix) for pattern, suffix in spec]
+            return [(self.without(pattern), suffix) for pattern, suffix in spec]
         return spec and rf'(?!.*\.mrla\.)(?:{spec})'
-
-    return {name: without(spec) for name, spec in type(model).group_matcher(model, coarse).items()}
 
 
 def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:

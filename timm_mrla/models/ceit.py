@@ -20,8 +20,8 @@ from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from timm_mrla.layers import MrlaLight, from_map, recompute, to_map
-from timm_mrla.models._loops import Calls, View
+from timm_mrla.layers import Grid, MrlaLight, from_map, recompute, to_map
+from timm_mrla.models._loops import Calls, SelfWithOverrides
 from timm_mrla.models._registry import register_entry
 from timm_mrla.models._transformer import GridHost
 
@@ -88,7 +88,7 @@ class CeitBlock(Block):
         dd.update(drop_path=drop_path, norm_o=False, norm_v=nn.BatchNorm2d)
         self.mrla = MrlaLight(dim, 32, norm_layer, 'pre', 'NLC', **dd)
 
-    def forward(self, x: torch.Tensor, feat_size: tuple[int, int], **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, feat_size: Grid = None, **kwargs) -> torch.Tensor:
         x = o = self.norm1(x)
         x = x + self.drop_path1(self.ls1(self.attn(x, **kwargs)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), feat_size)))
@@ -159,8 +159,8 @@ class Ceit(GridHost, VisionTransformer):
             self.pos_layer_embed = nn.Parameter(kept, self.pos_layer_embed.requires_grad)
         return taken
 
-    def call(self, feat_size: tuple[int, int]) -> View:
-        """The transformer as a forward pass on a grid (H, W) sees it, which keeps the class token of each block."""
+    def call(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
+        """What stands in for the transformer on a grid (H, W): it keeps the class token of each block."""
         tokens = []
 
         def keep(block: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -169,10 +169,10 @@ class Ceit(GridHost, VisionTransformer):
             tokens.append(x[:, :1].clone())  # a view would keep the whole of x alive
             return x
 
-        blocks = Calls(partial(keep, block) for block in self.blocks)
-        return View(self, tokens=tokens, grad_checkpointing=False, blocks=blocks)
+        blocks = Calls([partial(keep, block) for block in self.blocks])
+        return SelfWithOverrides(self, tokens=tokens, grad_checkpointing=False, blocks=blocks)
 
-    def finish(self, call: View, x: torch.Tensor) -> torch.Tensor:
+    def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
         """Normed tokens, the class token replaced by what the last block's finds among those of all blocks."""
         if self.lca is None:
             return x

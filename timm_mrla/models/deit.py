@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from timm_mrla.models._graft import BaseBlock
-from timm_mrla.models._loops import View, with_memory
+from timm_mrla.models._loops import SelfWithOverrides, with_memory
 from timm_mrla.models._registry import Recipe, register_entries
 from timm_mrla.models._transformer import GridHost
 
@@ -26,10 +26,10 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
         super().adopt(module)
         module.mrla_stage_depth = stage_depth
 
-    def call(self, feat_size: tuple[int, int]) -> View:
-        """The transformer as a forward pass on a grid (H, W) sees it."""
+    def call(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
+        """What stands in for the transformer in a forward pass on a grid (H, W)."""
         blocks = with_memory(self.blocks, self.grad_checkpointing, self.mrla_stage_depth, feat_size)
-        return View(self, blocks=blocks, grad_checkpointing=False)
+        return SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False)
 
 
 _names = {f'{name}_patch16_224': name for name in ('deit_tiny', 'deit_small', 'deit_base')}

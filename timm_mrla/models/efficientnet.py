@@ -25,4 +25,4 @@ blocks = {
     timm_blocks.MobileAttention: _recipe('norm', not_in=_not_in),
     timm_blocks.ConvBnAct: _recipe('bn1', not_in=_not_in),
 }
-register_entries(__name__, blocks)
+register_entries(__name__, blocks, without='mobilenetv1_.*|test_efficientnet(_evos|_gn|_ln)?')

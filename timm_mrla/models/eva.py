@@ -3,11 +3,12 @@
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
 from timm_mrla.models._registry import Recipe, register_entries
-from timm_mrla.models._transformer import GridHost
+from timm_mrla.models._transformer import GridHost, TokenBlock
 
 
 class MrlaEva(GridHost, Eva):
     """timm's transformer with MRLA-light."""
 
 
-register_entries(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))))
+blocks = dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,)))
+register_entries(__name__, blocks, base=TokenBlock)

@@ -6,7 +6,7 @@ from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
 from timm_mrla.models._graft import Host
-from timm_mrla.models._loops import View, with_grid
+from timm_mrla.models._loops import SelfWithOverrides, with_grid
 from timm_mrla.models._registry import Recipe, register_entries
 
 
@@ -17,7 +17,7 @@ class MrlaMetaFormerStage(Host, MetaFormerStage):
         if self.use_nchw:
             return super().forward(x)
         x = self.downsample(x)
-        call = View(self, downsample=lambda x: x, blocks=with_grid(self.blocks, x.shape[-2:]))
+        call = SelfWithOverrides(self, downsample=lambda x: x, blocks=with_grid(self.blocks, x.shape[-2:]))
         return self.stock.forward(call, x)
 
 

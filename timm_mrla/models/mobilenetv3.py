@@ -2,4 +2,4 @@
 
 from timm_mrla.models._registry import register_entries
 
-register_entries(__name__, {})
+register_entries(__name__, {}, without='lcnet_.*')

@@ -13,7 +13,7 @@ import torch
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
 from timm_mrla.models._graft import BaseBlock, Host, LightBlock
-from timm_mrla.models._loops import View, with_memory
+from timm_mrla.models._loops import SelfWithOverrides, with_memory
 from timm_mrla.models._registry import Recipe, register_entries
 
 
@@ -36,8 +36,8 @@ class MrlaBaseStage(Host, PyramidVisionTransformerStage):
     """timm's stage with MRLA-base."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        call = View(self, blocks=with_memory(self.blocks, self.grad_checkpointing), grad_checkpointing=False)
-        return self.stock.forward(call, x)
+        blocks = with_memory(self.blocks, self.grad_checkpointing)
+        return self.stock.forward(SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False), x)
 
 
 _recipe = partial(Recipe, 'pre', 'norm1', 'NLC')

@@ -13,16 +13,18 @@ from timm.models import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_mrla.models._graft import BaseBlock, Host, LightBlock
-from timm_mrla.models._loops import View, with_memory
+from timm_mrla.models._loops import SelfWithOverrides, with_memory
 from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _ShortcutBlock(LightBlock):
-    """A block whose shortcut may go through a downsample: its output there is what layer attention reads."""
+    """A block whose shortcut may go through a downsample. Layer attention reads the output of the downsample."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        o = x if self.downsample is None else self.downsample(x)
-        return self.mrla(self.stock.forward(View(self, downsample=lambda x: o), x), o)
+        if self.downsample is None:
+            return super().forward(x)
+        o = self.downsample(x)  # once, since its batch norm counts
+        return self.mrla(self.stock.forward(SelfWithOverrides(self, downsample=lambda x: o), x), o)
 
 
 class MrlaBaseStage(nn.Sequential):

@@ -6,7 +6,7 @@ from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models import vision_transformer as vit
 
 from timm_mrla.models._registry import Recipe, register_entries
-from timm_mrla.models._transformer import GridHost
+from timm_mrla.models._transformer import GridHost, TokenBlock
 
 
 class MrlaVisionTransformer(GridHost, VisionTransformer):
@@ -26,4 +26,4 @@ blocks = {
     vit.DiffParallelScalingBlock: _recipe('in_norm'),
     vit.ParallelThingsBlock: _recipe('attns.0.norm'),
 }
-register_entries(__name__, blocks)
+register_entries(__name__, blocks, base=TokenBlock)

@@ -1,0 +1,62 @@
+"""Compiles the kernels for GPUs that are not there, and asks the assembler for registers and spills."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+
+
+def record(monkeypatch, launch):
+    """The launches of kernels that `launch()` makes, distinct ones: kernel, its arguments, warps. None is run."""
+    launches = {}
+
+    def run(kernel, *args, grid, warmup, num_warps=4, **kwargs):
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        variant = (kernel.__name__, num_warps, str(specialize(kernel, arguments)))
+        launches[variant] = (kernel, arguments, num_warps)
+
+    monkeypatch.setattr(JITFunction, 'run', run)
+    launch()
+    monkeypatch.undo()
+    return [*launches.values()]
+
+
+def specialize(kernel, arguments):
+    """Signature, constants and attributes of the variant of a kernel that Triton makes for some arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value, parameter = arguments[name], kernel.params[i]
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
+            signature[name], constants[(i,)] = 'constexpr', value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = POINTERS[value.dtype] if is_tensor else 'fp32' if isinstance(value, float) else 'i32'
+        if is_tensor or (special and value % 16 == 0):
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    return signature, constants, attributes
+
+
+def resources(launch, capability):
+    """Registers of a thread, and bytes that it spills, on a GPU of a capability such as 90."""
+    kernel, arguments, num_warps = launch
+    signature, constants, attributes = specialize(kernel, arguments)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget('cuda', capability, 32)
+    compiled = triton.compile(source, target=target, options={'num_warps': num_warps})
+    ptxas = next(p for p in Path(triton.__file__).parent.rglob('ptxas') if p.is_file())
+    architecture = f'sm_{capability}{"a" if capability == 90 else ""}'
+    with tempfile.NamedTemporaryFile('w', suffix='.ptx') as f:
+        f.write(compiled.asm['ptx'])
+        f.flush()
+        command = [str(ptxas), '-v', f'-arch={architecture}', f.name, '-o', '/dev/null']
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r'Used (\d+) registers', log)[1]), int(re.search(r'(\d+) bytes spill stores', log)[1])

@@ -1,0 +1,36 @@
+"""Says where the fused kernels of layer attention run in a model, and why not elsewhere."""
+
+import torch
+from torch import nn
+
+from timm_mrla.attention import run_with_hooks
+from timm_mrla.layers import layer_attentions
+from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.ops import reason
+
+__all__ = ['why_not_fused']
+
+
+def why_not_fused(model: nn.Module, images: torch.Tensor) -> dict[str, str]:
+    """Why each layer attention of a model does not run in the fused kernels, which are for GPUs.
+
+    The images pass through the model once, in evaluation mode. Call this under the autocast of your training, if any.
+
+    Args:
+        model: A model with layer attention.
+        images: Images [B, C, H, W] or one image [C, H, W], on the device and in the memory format of your training.
+
+    Returns:
+        The name of each layer attention, and the reason in one sentence, empty where the kernels run.
+    """
+    folded = {n: m for n, m in model.named_modules() if isinstance(m, InferenceLight | InferenceBase)}
+    layers, found = {**layer_attentions(model), **folded}, {}
+
+    def record(name: str):
+        def hook(layer: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+            found[name] = reason(layer, *args, **kwargs)
+
+        return hook
+
+    run_with_hooks(model, images, {layer: record(name) for name, layer in layers.items()})
+    return found

@@ -1,0 +1,287 @@
+"""What the kernels of both forms share: tiles of a map, the 3x3 stencil, the gate of MRLA-light and its gradient.
+
+A map [B, C, H, W] lies in memory as [B, H * W, C]. A program works on a tile of TH x TW positions and BC channels at a
+time. A row is one program's part of an image, some tiles of it. Rows are summed in a fixed order, without atomics, so
+two runs give the same bits. All arithmetic is in float32.
+"""
+
+# ruff: noqa: RUF005  Triton has no unpacking of tuples
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 1000  # that a kernel of sums is split into at least: some times the processors of a large GPU
+
+# a kernel is compiled for each dtype and for widths that are multiples of 16 or not, and not for each size of map
+kernel = triton.jit(
+    do_not_specialize=[
+        'B',
+        'H',
+        'W',
+        'P',
+        'R',
+        'K',
+        'ROWS',
+        'TILES',
+        'PER_ROW',
+        'STRIDE',
+        'heads',
+        'inverse',
+        'scale',
+        'eps',
+    ]
+)
+
+
+@triton.jit
+def positions(tile, W, TH: tl.constexpr, TW: tl.constexpr):
+    """Rows and columns [TH * TW] of the positions of a tile."""
+    p = tl.arange(0, TH * TW)
+    tiles_w = tl.cdiv(W, TW)
+    return (tile // tiles_w) * TH + p // TW, (tile % tiles_w) * TW + p % TW
+
+
+@triton.jit
+def is_inside(h, w, H, W):
+    """Whether positions are on the map."""
+    return (h >= 0) & (h < H) & (w >= 0) & (w < W)
+
+
+@triton.jit
+def load_map(ptr, h, w, ch, H, W, C):
+    """Values [positions, BC] of a map, zero outside."""
+    mask = is_inside(h, w, H, W)[:, None] & (ch < C)[None, :]
+    return tl.load(ptr + (h * W + w)[:, None] * C + ch[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_map(ptr, x, h, w, ch, H, W, C):
+    """Write values [positions, BC] of a map."""
+    mask = is_inside(h, w, H, W)[:, None] & (ch < C)[None, :]
+    tl.store(ptr + (h * W + w)[:, None] * C + ch[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_channels(ptr, ch, C):
+    """One number for each channel, [1, BC]."""
+    return tl.load(ptr + ch, mask=ch < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def load_gate(g_ptr, b, ch, C, heads):
+    """The gates of one image, [1, BC]."""
+    return tl.load(g_ptr + b * heads + ch // (C // heads), mask=ch < C, other=0.0)[None, :]
+
+
+@triton.jit
+def stencil(ptr, w_ptr, h, w, ch, H, W, C):
+    """The depthwise 3x3 convolution [positions, BC] of a map, with weights [9, C]."""
+    v = load_map(ptr, h - 1, w - 1, ch, H, W, C) * load_channels(w_ptr, ch, C)
+    for i in tl.static_range(1, 9):
+        v += load_map(ptr, h + (i // 3 - 1), w + (i % 3 - 1), ch, H, W, C) * load_channels(w_ptr + i * C, ch, C)
+    return v
+
+
+@triton.jit
+def transposed_stencil(ptr, x, taps, w_ptr, h, w, ch, H, W, C):
+    """The gradients of what the stencil read, [positions, BC], and of its weights, added to taps: those of v at ptr.
+
+    x, [positions, BC], is what it read.
+    """
+    u = tl.zeros_like(x)
+    sums = ()
+    for i in tl.static_range(9):
+        dv = load_map(ptr, h - (i // 3 - 1), w - (i % 3 - 1), ch, H, W, C)
+        u += dv * load_channels(w_ptr + i * C, ch, C)
+        sums = sums + (taps[i] + dv * x,)
+    return u, sums
+
+
+@triton.jit
+def store_taps(ptr, taps, g, ch, C):
+    """Write the gradients [9, C] of the weights of the stencil, times g."""
+    for i in tl.static_range(9):
+        tl.store(ptr + i * C + ch, tl.sum(taps[i] * g, 0), mask=ch < C)
+
+
+@triton.jit
+def _query_key(y_ptr, qk_ptr, c, ok, C, K, inverse):
+    """Query and key of channels c from the sums of the channels around them."""
+    q = tl.zeros(c.shape, tl.float32)
+    k = tl.zeros(c.shape, tl.float32)
+    for j in range(K):
+        at = c + (j - K // 2)
+        y = tl.load(y_ptr + at, mask=ok & (at >= 0) & (at < C), other=0.0) * inverse
+        q += y * tl.load(qk_ptr + j).to(tl.float32)
+        k += y * tl.load(qk_ptr + K + j).to(tl.float32)
+    return q, k
+
+
+@kernel
+def gate(
+    sums_ptr,
+    y_ptr,
+    qk_ptr,
+    g_ptr,
+    C,
+    ROWS,
+    STRIDE,
+    K,
+    heads,
+    inverse,
+    scale,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    HB: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Of one image, sums y [C] of rows [ROWS, STRIDE], and the gates g [heads] = sigmoid(<q, k> * scale).
+
+    STRIDE is the distance of two rows, inverse 1 / (H * W).
+    """
+    b = tl.program_id(0).to(tl.int64)
+    sums_ptr += b * ROWS * STRIDE
+    y_ptr += b * C
+    for c0 in range(0, C, BC):
+        ch = c0 + tl.arange(0, BC)
+        y = tl.zeros((BR, BC), tl.float32)
+        for r0 in range(0, ROWS, BR):
+            r = r0 + tl.arange(0, BR)
+            mask = (r < ROWS)[:, None] & (ch < C)[None, :]
+            y += tl.load(sums_ptr + r[:, None] * STRIDE + ch[None, :], mask=mask, other=0.0)
+        tl.store(y_ptr + ch, tl.sum(y, 0), mask=ch < C)
+    tl.debug_barrier()  # other threads of this program read what these wrote
+    d = C // heads
+    i = tl.arange(0, D)
+    for h0 in range(0, heads, HB):
+        head = h0 + tl.arange(0, HB)
+        ok = (head < heads)[:, None] & (i < d)[None, :]
+        q, k = _query_key(y_ptr, qk_ptr, head[:, None] * d + i[None, :], ok, C, K, inverse)
+        tl.store(g_ptr + b * heads + head, tl.sigmoid(tl.sum(q * k, 1) * scale), mask=head < heads)
+
+
+@kernel
+def gate_backward(
+    y_ptr,
+    qk_ptr,
+    g_ptr,
+    dg_ptr,
+    dqk_ptr,
+    buffer_ptr,
+    e_ptr,
+    C,
+    ROWS,
+    STRIDE,
+    K,
+    heads,
+    inverse,
+    scale,
+    BC: tl.constexpr,
+    HB: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Of one image, the gradients of the weights of query and key [2, K], and e [C], of each position's x.
+
+    dg [ROWS, STRIDE] are the gradients of the gates by rows and channels, buffer [2, C] is for those of query and key.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    y_ptr += b * C
+    dg_ptr += b * ROWS * STRIDE
+    buffer_ptr += b * 2 * C
+    d = C // heads
+    i = tl.arange(0, D)
+    for h0 in range(0, heads, HB):
+        head = h0 + tl.arange(0, HB)
+        c = head[:, None] * d + i[None, :]
+        ok = (head < heads)[:, None] & (i < d)[None, :]
+        q, k = _query_key(y_ptr, qk_ptr, c, ok, C, K, inverse)
+        g = tl.load(g_ptr + b * heads + head, mask=head < heads, other=0.0)
+        dg = tl.zeros(c.shape, tl.float32)
+        for r in range(ROWS):
+            dg += tl.load(dg_ptr + r * STRIDE + c, mask=ok, other=0.0)
+        ds = tl.sum(dg, 1) * g * (1 - g) * scale
+        tl.store(buffer_ptr + c, ds[:, None] * k, mask=ok)
+        tl.store(buffer_ptr + C + c, ds[:, None] * q, mask=ok)
+    tl.debug_barrier()
+    for j in range(K):
+        dq = tl.zeros((BC,), tl.float32)
+        dk = tl.zeros((BC,), tl.float32)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            at = c + (j - K // 2)
+            y = tl.load(y_ptr + at, mask=(c < C) & (at >= 0) & (at < C), other=0.0) * inverse
+            dq += y * tl.load(buffer_ptr + c, mask=c < C, other=0.0)
+            dk += y * tl.load(buffer_ptr + C + c, mask=c < C, other=0.0)
+        tl.store(dqk_ptr + b * 2 * K + j, tl.sum(dq, 0))
+        tl.store(dqk_ptr + b * 2 * K + K + j, tl.sum(dk, 0))
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        e = tl.zeros((BC,), tl.float32)
+        for j in range(K):
+            at = c - (j - K // 2)
+            ok = (c < C) & (at >= 0) & (at < C)
+            e += tl.load(qk_ptr + j).to(tl.float32) * tl.load(buffer_ptr + at, mask=ok, other=0.0)
+            e += tl.load(qk_ptr + K + j).to(tl.float32) * tl.load(buffer_ptr + C + at, mask=ok, other=0.0)
+        tl.store(e_ptr + b * C + c, e * inverse, mask=c < C)
+
+
+@kernel
+def sum_rows(rows_ptr, out_ptr, R, K, C, BR: tl.constexpr, BC: tl.constexpr):
+    """Sums over rows [R, K, C] -> [C, K]."""
+    ch, k = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
+    s = tl.zeros((BR, BC), tl.float32)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        mask = (r < R)[:, None] & (ch < C)[None, :]
+        s += tl.load(rows_ptr + (r[:, None].to(tl.int64) * K + k) * C + ch[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + ch * K + k, tl.sum(s, 0).to(out_ptr.dtype.element_ty), mask=ch < C)
+
+
+def head_blocks(C: int, heads: int) -> dict[str, int]:
+    """Sizes of the blocks that `gate` and `gate_backward` work in: channels, heads, and channels of a head."""
+    D = triton.next_power_of_2(C // heads)
+    return {
+        'BC': min(triton.next_power_of_2(C), 256),
+        'HB': max(1, min(triton.next_power_of_2(heads), 512 // D)),
+        'D': D,
+    }
+
+
+def split(tiles: int, programs: int) -> tuple[int, int]:
+    """Rows of an image of so many tiles, and tiles of a row, for a kernel with so many programs for each row."""
+    per_row = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // programs)))
+    return triton.cdiv(tiles, per_row), per_row
+
+
+def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums y [B, C] and gates [B, heads] from sums [B, rows, ..., C] of maps, of so many positions, by rows."""
+    B, rows, C = sums.shape[0], sums.shape[1], sums.shape[-1]
+    y, g = sums.new_empty(B, C), sums.new_empty(B, heads)
+    gate[(B,)](
+        *(sums, y, qk, g, C, rows, sums.stride(1), qk.shape[1], heads, 1 / positions, (C // heads) ** -0.5),
+        BR=min(triton.next_power_of_2(rows), 16),
+        **head_blocks(C, heads),
+    )
+    return y, g
+
+
+def compute_gate_backward(
+    y: torch.Tensor, g: torch.Tensor, dg: torch.Tensor, qk: torch.Tensor, positions: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of qk [2, K], and e [B, C], of x at each position, from those of the gates [B, rows, C]."""
+    (B, C), heads, K = y.shape, g.shape[1], qk.shape[1]
+    e, scratch, dqk = y.new_empty(B * (3 * C + 2 * K)).split([B * C, 2 * B * C, 2 * B * K])
+    gate_backward[(B,)](
+        *(y, qk, g, dg, dqk, scratch, e, C, dg.shape[1], dg.stride(1), K, heads, 1 / positions, (C // heads) ** -0.5),
+        **head_blocks(C, heads),
+    )
+    return total(dqk.view(B, 1, 2 * K), qk.dtype).view(2, K), e.view(B, C)
+
+
+def total(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sums [C, K] over rows [R, K, C]."""
+    R, K, C = rows.shape
+    out = rows.new_empty(C, K, dtype=dtype)
+    sum_rows[(triton.cdiv(C, 32), K)](rows, out, R, K, C, BR=32, BC=32)
+    return out

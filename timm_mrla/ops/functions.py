@@ -1,0 +1,218 @@
+"""The kernels as ops of torch that autograd, fake tensors and torch.compile know: one forward, one backward a form.
+
+They are functional. The kernels, and with them Triton, are imported when an op first runs.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+def _second_order(ctx, *grads) -> None:
+    raise RuntimeError(
+        'the fused kernels of layer attention have no second derivative: call timm_mrla.set_fused(False) before the '
+        'forward pass'
+    )
+
+
+@custom_op('timm_mrla::light_post', mutates_args=())
+def light_post(
+    x: Tensor,
+    o: Tensor,
+    qk: Tensor,
+    w: Tensor,
+    lam: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    s: Tensor | None,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """MRLA-light of the form `post`, `x + s * batch_norm(g * v + lam * o)`.
+
+    Args:
+        x, o: Maps [B, C, H, W] in channels_last.
+        qk: Weights [2, K] of query and key.
+        w: Weights [9, C] of the value.
+        lam, gamma, beta: Vectors [C]; gamma and beta are the affine part of the norm, if it has one.
+        mean, var: Running statistics [C]; without them, those of the batch are used.
+        s: Scales [B] of stochastic depth, if any.
+        heads, eps: Number of heads; epsilon of the norm.
+
+    Returns:
+        The output, and four tensors that backward needs. Of these, the second is [6, C], where 3 is the mean and 5 the
+        unbiased variance of the batch.
+    """
+    from timm_mrla.ops import light_post as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.forward(x, o, qk, w, lam, gamma, beta, mean, var, s, heads, eps)
+
+
+@light_post.register_fake
+def _(x, o, qk, w, lam, gamma, beta, mean, var, s, heads, eps):
+    from timm_mrla.ops import light_post as kernels
+
+    B, C, _, _ = x.shape
+    rows = x.new_empty(B, kernels.rows_of(x), 7, C, dtype=torch.float32)
+    channels, y = (x.new_empty(n, C, dtype=torch.float32) for n in (6, B))
+    return torch.empty_like(x), rows, channels, y, x.new_empty(B, heads, dtype=torch.float32)
+
+
+@custom_op('timm_mrla::light_post_backward', mutates_args=())
+def _light_post_backward(
+    d: Tensor,
+    x: Tensor,
+    o: Tensor,
+    qk: Tensor,
+    w: Tensor,
+    lam: Tensor,
+    s: Tensor | None,
+    rows: Tensor,
+    channels: Tensor,
+    y: Tensor,
+    g: Tensor,
+    train: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, o, qk, w transposed, and of gamma, beta and lam in one tensor [3, C]."""
+    from timm_mrla.ops import light_post as kernels
+
+    with torch.cuda.device_of(x):
+        d = d.contiguous(memory_format=torch.channels_last)
+        return kernels.backward(d, x, o, qk, w, lam, s, rows, channels, y, g, train)
+
+
+@_light_post_backward.register_fake
+def _(d, x, o, qk, w, lam, s, rows, channels, y, g, train):
+    vectors = x.new_empty(3, w.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(o), torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
+
+
+def _save_post(ctx, inputs, output) -> None:
+    x, o, qk, w, lam, gamma, _, mean, _, s, _, _ = inputs
+    ctx.save_for_backward(x, o, qk, w, lam, s, *output[1:])
+    ctx.train, ctx.dtypes = mean is None, (gamma if gamma is None else gamma.dtype, lam.dtype)
+
+
+def _differentiate_post(ctx, d, *_):
+    dx, do, dqk, dw, vectors = _light_post_backward(d, *ctx.saved_tensors, ctx.train)
+    affine, dtype = ctx.dtypes
+    dgamma, dbeta = (None, None) if affine is None else (vectors[0].to(affine), vectors[1].to(affine))
+    return dx, do, dqk, dw.t(), vectors[2].to(dtype), dgamma, dbeta, None, None, None, None, None
+
+
+light_post.register_autograd(_differentiate_post, setup_context=_save_post)
+_light_post_backward.register_autograd(_second_order)
+
+
+@custom_op('timm_mrla::light_folded', mutates_args=())
+def light_folded(x: Tensor, o: Tensor, qk: Tensor, w: Tensor, lam: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """MRLA-light of the form `post` with the norm folded into w [9, C], lam and bias [C], for inference."""
+    from timm_mrla.ops import light_post as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.folded(x, o, qk, w, lam, bias, heads)
+
+
+@light_folded.register_fake
+def _(x, o, qk, w, lam, bias, heads):
+    return torch.empty_like(x)
+
+
+@custom_op('timm_mrla::light_pre', mutates_args=())
+def light_pre(
+    x: Tensor,
+    o: Tensor,
+    grid: list[int],
+    qk: Tensor,
+    w: Tensor,
+    lam: Tensor,
+    nw: Tensor,
+    nb: Tensor | None,
+    ow: Tensor | None,
+    ob: Tensor | None,
+    s: Tensor | None,
+    heads: int,
+    eps: float,
+    rms: bool,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """MRLA-light of the form `pre`, `x + s * (g * gelu(v) + lam * p)`, where y and p are x and o after their norms.
+
+    Args:
+        x, o: Tokens [B, P + H * W, C].
+        grid: H and W.
+        qk, w, lam, s, heads: As in `light_post`.
+        nw, nb, ow, ob: Weights and biases [C] of the norms of x and o; a bias may be missing, the norm of o too.
+        eps, rms: Epsilon of the norms; whether they are RMS norms rather than layer norms.
+        dtype, gradient_dtype: Of the output, and of what backward stores in between.
+
+    Returns:
+        The output, and three tensors that backward needs.
+    """
+    from timm_mrla.ops import light_pre as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.forward(x, o, grid, qk, w, lam, nw, nb, ow, ob, s, heads, eps, rms, dtype)
+
+
+@light_pre.register_fake
+def _(x, o, grid, qk, w, lam, nw, nb, ow, ob, s, heads, eps, rms, dtype, gradient_dtype):
+    B, N, C = x.shape
+    stats, y, g = (x.new_empty(*shape, dtype=torch.float32) for shape in ((B, 2, 2, N), (B, C), (B, heads)))
+    return torch.empty_like(x, dtype=dtype), stats, y, g
+
+
+@custom_op('timm_mrla::light_pre_backward', mutates_args=())
+def _light_pre_backward(
+    d: Tensor,
+    x: Tensor,
+    o: Tensor,
+    grid: list[int],
+    qk: Tensor,
+    w: Tensor,
+    lam: Tensor,
+    nw: Tensor,
+    nb: Tensor | None,
+    ow: Tensor | None,
+    ob: Tensor | None,
+    s: Tensor | None,
+    stats: Tensor,
+    y: Tensor,
+    g: Tensor,
+    rms: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, o, qk and w transposed, and of nw, nb, ow, ob and lam in one tensor [5, C]."""
+    from timm_mrla.ops import light_pre as kernels
+
+    with torch.cuda.device_of(x):
+        return kernels.backward(d.contiguous(), x, o, grid, qk, w, lam, nw, nb, ow, ob, s, stats, y, g, rms, dtype)
+
+
+@_light_pre_backward.register_fake
+def _(d, x, o, grid, qk, w, lam, nw, nb, ow, ob, s, stats, y, g, rms, dtype):
+    vectors = x.new_empty(5, w.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(o), torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
+
+
+def _save_pre(ctx, inputs, output) -> None:
+    x, o, ctx.grid, qk, w, lam, nw, nb, ow, ob, s, _, _, ctx.rms, _, ctx.dtype = inputs
+    ctx.save_for_backward(x, o, qk, w, lam, nw, nb, ow, ob, s, *output[1:])
+
+
+def _differentiate_pre(ctx, d, *_):
+    x, o, qk, w, lam, *norms, s, stats, y, g = ctx.saved_tensors
+    dx, do, dqk, dw, vectors = _light_pre_backward(
+        d, x, o, ctx.grid, qk, w, lam, *norms, s, stats, y, g, ctx.rms, ctx.dtype
+    )
+    dlam = vectors[4].to(lam.dtype)
+    dnorms = [None if p is None else dp.to(p.dtype) for p, dp in zip(norms, vectors[:4], strict=True)]
+    return dx, do, None, dqk, dw.t(), dlam, *dnorms, None, None, None, None, None, None
+
+
+light_pre.register_autograd(_differentiate_pre, setup_context=_save_pre)
+_light_pre_backward.register_autograd(_second_order)

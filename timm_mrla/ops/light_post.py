@@ -1,0 +1,549 @@
+"""MRLA-light of the form `post` with a batch norm: `x + s * batch_norm(g * v + lam * o)`, kernels and their launchers.
+
+v, the depthwise convolution of x, is computed again wherever it is needed, so neither v nor m = g * v + lam * o is ever
+stored. README.md in this folder derives the formulas. Shapes: maps x, o, d (the gradient of the output) and dm
+[B, C, H, W] in channels_last; w, the weights of v, [9, C]; g [B, heads]; per-channel vectors [C]; s, the drop path of
+each image, [B].
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from timm_mrla.ops.common import (
+    compute_gate,
+    compute_gate_backward,
+    is_inside,
+    kernel,
+    load_channels,
+    load_gate,
+    load_map,
+    positions,
+    split,
+    stencil,
+    store_map,
+    store_taps,
+    total,
+    transposed_stencil,
+)
+
+# rows and columns of a tile, channels, warps; the best of those tried on an H100 in bfloat16, at 56 x 56 to 7 x 7
+SUMS = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
+MAPS = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
+APPLY = {'TH': 2, 'TW': 4, 'BC': 128, 'num_warps': 4}
+STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
+
+# what is known of a row and channel: number of positions, sum of x, means of v and o, sums of centered products
+COUNT, SUM_X, MEAN_V, MEAN_O, VV, VO, OO = (tl.constexpr(i) for i in range(7))
+# what is known of a channel: out = x + s * (A * g * v + LAM * o + BIAS)
+A, LAM, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(6))
+
+
+@kernel
+def _sums(x_ptr, o_ptr, w_ptr, rows_ptr, H, W, C, ROWS, TILES, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr):
+    """Reads x and o once -> rows [B * ROWS, 7, C].
+
+    Squares are those of distances to the mean of the first tile: a mean of many deviations would drown the variance.
+    """
+    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    base = (row // ROWS).to(tl.int64) * H * W * C
+    x_ptr += base
+    o_ptr += base
+    first = (row % ROWS) * TILES
+    last = min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))
+    h, w = positions(first, W, TH, TW)
+    inside = is_inside(h, w, H, W)
+    count = tl.sum(inside.to(tl.float32), 0)
+    v = stencil(x_ptr, w_ptr, h, w, ch, H, W, C)
+    shift_v = (tl.sum(tl.where(inside[:, None], v, 0.0), 0) / count)[None, :]
+    shift_o = (tl.sum(load_map(o_ptr, h, w, ch, H, W, C), 0) / count)[None, :]
+    n = tl.zeros((TH * TW,), tl.float32)
+    sx = tl.zeros((TH * TW, BC), tl.float32)
+    sv = sx
+    so = sx
+    svv = sx
+    svo = sx
+    soo = sx
+    for tile in range(first, last):
+        h, w = positions(tile, W, TH, TW)
+        inside = is_inside(h, w, H, W)
+        v = tl.where(inside[:, None], stencil(x_ptr, w_ptr, h, w, ch, H, W, C) - shift_v, 0.0)
+        o = tl.where(inside[:, None], load_map(o_ptr, h, w, ch, H, W, C) - shift_o, 0.0)
+        n += inside.to(tl.float32)
+        sx += load_map(x_ptr, h, w, ch, H, W, C)
+        sv += v
+        so += o
+        svv += v * v
+        svo += v * o
+        soo += o * o
+    count = tl.sum(n, 0)
+    mean_v = tl.sum(sv, 0) / count
+    mean_o = tl.sum(so, 0) / count
+    rows_ptr += row.to(tl.int64) * 7 * C + ch
+    mask = ch < C
+    tl.store(rows_ptr + COUNT * C, tl.zeros((BC,), tl.float32) + count, mask=mask)
+    tl.store(rows_ptr + SUM_X * C, tl.sum(sx, 0), mask=mask)
+    tl.store(rows_ptr + MEAN_V * C, tl.sum(shift_v, 0) + mean_v, mask=mask)
+    tl.store(rows_ptr + MEAN_O * C, tl.sum(shift_o, 0) + mean_o, mask=mask)
+    tl.store(rows_ptr + VV * C, tl.sum(svv, 0) - count * mean_v * mean_v, mask=mask)
+    tl.store(rows_ptr + VO * C, tl.sum(svo, 0) - count * mean_v * mean_o, mask=mask)
+    tl.store(rows_ptr + OO * C, tl.sum(soo, 0) - count * mean_o * mean_o, mask=mask)
+
+
+@triton.jit
+def _entries(ptr, r, ch, K: tl.constexpr, C):
+    """Where the entries of rows r are in [R, K, C], [BR, BC]."""
+    return ptr + r[:, None].to(tl.int64) * K * C + ch[None, :]
+
+
+@triton.jit
+def _entry(at, i: tl.constexpr, ok, C):
+    """Entry i of rows, [BR, BC]."""
+    return tl.load(at + i * C, mask=ok, other=0.0)
+
+
+@triton.jit
+def _load_gates(g_ptr, r, mask, ch, C, ROWS, heads):
+    """The gates [BR, BC] of rows r."""
+    return tl.load(g_ptr + (r // ROWS)[:, None] * heads + (ch // (C // heads))[None, :], mask=mask, other=0.0)
+
+
+@kernel
+def _statistics(
+    rows_ptr,
+    g_ptr,
+    lam_ptr,
+    gamma_ptr,
+    beta_ptr,
+    mean_ptr,
+    var_ptr,
+    channels_ptr,
+    R,
+    C,
+    ROWS,
+    heads,
+    eps,
+    TRAIN: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Mean and variance of m, of the batch from rows [R, 7, C] or as they run -> channels [6, C]."""
+    ch = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = ch < C
+    lam = load_channels(lam_ptr, ch, C)
+    if TRAIN:
+        n = tl.zeros((BR, BC), tl.float32)
+        s = n
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            ok = (r < R)[:, None] & mask[None, :]
+            at = _entries(rows_ptr, r, ch, 7, C)
+            g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+            count = _entry(at, COUNT, ok, C)
+            n += count
+            s += count * (g * _entry(at, MEAN_V, ok, C) + lam * _entry(at, MEAN_O, ok, C))
+        total_n = tl.maximum(tl.sum(n, 0), 1.0)
+        mean = tl.sum(s, 0) / total_n
+        s = tl.zeros((BR, BC), tl.float32)
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            ok = (r < R)[:, None] & mask[None, :]
+            at = _entries(rows_ptr, r, ch, 7, C)
+            g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+            away = g * _entry(at, MEAN_V, ok, C) + lam * _entry(at, MEAN_O, ok, C) - mean[None, :]
+            s += _entry(at, COUNT, ok, C) * away * away
+            s += g * g * _entry(at, VV, ok, C) + 2 * g * lam * _entry(at, VO, ok, C)
+            s += lam * lam * _entry(at, OO, ok, C)
+        squares = tl.sum(s, 0)
+        var = squares / total_n
+        tl.store(channels_ptr + VAR * C + ch, squares / tl.maximum(total_n - 1.0, 1.0), mask=mask)
+    else:
+        mean = tl.load(mean_ptr + ch, mask=mask, other=0.0).to(tl.float32)
+        var = tl.load(var_ptr + ch, mask=mask, other=1.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    a = rstd
+    bias = -mean * rstd
+    if AFFINE:
+        a = rstd * tl.load(gamma_ptr + ch, mask=mask, other=0.0).to(tl.float32)
+        bias = tl.load(beta_ptr + ch, mask=mask, other=0.0).to(tl.float32) - mean * a
+    tl.store(channels_ptr + A * C + ch, a, mask=mask)
+    tl.store(channels_ptr + LAM * C + ch, a * tl.sum(lam, 0), mask=mask)
+    tl.store(channels_ptr + BIAS * C + ch, bias, mask=mask)
+    tl.store(channels_ptr + MEAN * C + ch, mean, mask=mask)
+    tl.store(channels_ptr + RSTD * C + ch, rstd, mask=mask)
+
+
+@kernel
+def _apply(
+    x_ptr,
+    o_ptr,
+    w_ptr,
+    g_ptr,
+    a_ptr,
+    lam_ptr,
+    bias_ptr,
+    s_ptr,
+    out_ptr,
+    H,
+    W,
+    C,
+    heads,
+    FOLDED: tl.constexpr,
+    DROP: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x and o once, writes x + s * (a * g * v + lam * o + bias); FOLDED: a is in the weights of v."""
+    tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
+    b, ch = tl.program_id(0) // tiles, tl.program_id(1) * BC + tl.arange(0, BC)
+    h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
+    base = b.to(tl.int64) * H * W * C
+    a = load_gate(g_ptr, b, ch, C, heads)
+    if not FOLDED:
+        a *= load_channels(a_ptr, ch, C)
+    m = a * stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C)
+    m += load_channels(lam_ptr, ch, C) * load_map(o_ptr + base, h, w, ch, H, W, C) + load_channels(bias_ptr, ch, C)
+    if DROP:
+        m *= tl.load(s_ptr + b)
+    store_map(out_ptr + base, load_map(x_ptr + base, h, w, ch, H, W, C) + m, h, w, ch, H, W, C)
+
+
+@kernel
+def _gradient_sums(
+    x_ptr,
+    o_ptr,
+    d_ptr,
+    w_ptr,
+    rows_ptr,
+    back_ptr,
+    H,
+    W,
+    C,
+    ROWS,
+    TILES,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x, o and d once -> back [B * ROWS, 3, C]: sums of d, of d * (v - mean_v) and d * (o - mean_o)."""
+    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    base = (row // ROWS).to(tl.int64) * H * W * C
+    rows_ptr += row.to(tl.int64) * 7 * C
+    mean_v = load_channels(rows_ptr + MEAN_V * C, ch, C)
+    mean_o = load_channels(rows_ptr + MEAN_O * C, ch, C)
+    first = (row % ROWS) * TILES
+    s = tl.zeros((TH * TW, BC), tl.float32)
+    sv = s
+    so = s
+    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
+        h, w = positions(tile, W, TH, TW)
+        d = load_map(d_ptr + base, h, w, ch, H, W, C)
+        s += d
+        sv += d * (stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C) - mean_v)
+        so += d * (load_map(o_ptr + base, h, w, ch, H, W, C) - mean_o)
+    back_ptr += row.to(tl.int64) * 3 * C + ch
+    tl.store(back_ptr, tl.sum(s, 0), mask=ch < C)
+    tl.store(back_ptr + C, tl.sum(sv, 0), mask=ch < C)
+    tl.store(back_ptr + 2 * C, tl.sum(so, 0), mask=ch < C)
+
+
+@kernel
+def _gradient_statistics(
+    rows_ptr,
+    back_ptr,
+    g_ptr,
+    lam_ptr,
+    channels_ptr,
+    s_ptr,
+    linear_ptr,
+    vectors_ptr,
+    dg_ptr,
+    R,
+    C,
+    ROWS,
+    heads,
+    TRAIN: tl.constexpr,
+    DROP: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Gradients of gamma, beta, lam: vectors [3, C], and of the gates by rows and channels: dg [R, C].
+
+    linear [3, C]: dm = s * a * d + linear0 * g * v + linear1 * o + linear2.
+    """
+    ch = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = ch < C
+    lam = load_channels(lam_ptr, ch, C)
+    a = load_channels(channels_ptr + A * C, ch, C)
+    mean = load_channels(channels_ptr + MEAN * C, ch, C)
+    rstd = load_channels(channels_ptr + RSTD * C, ch, C)
+    n = tl.zeros((BR, BC), tl.float32)
+    sd = n
+    sm = n
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        ok = (r < R)[:, None] & mask[None, :]
+        at, back = _entries(rows_ptr, r, ch, 7, C), _entries(back_ptr, r, ch, 3, C)
+        g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+        away = g * _entry(at, MEAN_V, ok, C) + lam * _entry(at, MEAN_O, ok, C) - mean
+        d = _entry(back, 0, ok, C)
+        dm = g * _entry(back, 1, ok, C) + lam * _entry(back, 2, ok, C) + away * d
+        if DROP:
+            s = tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
+            d *= s
+            dm *= s
+        n += _entry(at, COUNT, ok, C)
+        sd += d
+        sm += dm
+    dbeta = tl.sum(sd, 0)[None, :]
+    dgamma = tl.sum(sm, 0)[None, :] * rstd
+    c1 = dbeta * 0.0  # with running statistics the norm is linear
+    c2 = c1
+    if TRAIN:
+        total_n = tl.maximum(tl.sum(n, 0), 1.0)[None, :]
+        c1 = a * dbeta / total_n
+        c2 = a * dgamma * rstd / total_n
+    sl = tl.zeros((BR, BC), tl.float32)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        ok = (r < R)[:, None] & mask[None, :]
+        at, back = _entries(rows_ptr, r, ch, 7, C), _entries(back_ptr, r, ch, 3, C)
+        g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+        mean_v = _entry(at, MEAN_V, ok, C)
+        mean_o = _entry(at, MEAN_O, ok, C)
+        vo = _entry(at, VO, ok, C)
+        k = a
+        if DROP:
+            k = a * tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
+        # the sum of dm over the row, of which the means of v and o are multiples
+        away = g * mean_v + lam * mean_o - mean
+        dm = k * _entry(back, 0, ok, C) - _entry(at, COUNT, ok, C) * (c2 * away + c1)
+        dg = k * _entry(back, 1, ok, C) + dm * mean_v
+        dg -= c2 * (g * _entry(at, VV, ok, C) + lam * vo)
+        tl.store(dg_ptr + r[:, None].to(tl.int64) * C + ch[None, :], dg, mask=ok)
+        dlam = k * _entry(back, 2, ok, C) + dm * mean_o
+        sl += tl.where(ok, dlam - c2 * (g * vo + lam * _entry(at, OO, ok, C)), 0.0)
+    tl.store(vectors_ptr + ch, tl.sum(dgamma, 0), mask=mask)
+    tl.store(vectors_ptr + C + ch, tl.sum(dbeta, 0), mask=mask)
+    tl.store(vectors_ptr + 2 * C + ch, tl.sum(sl, 0), mask=mask)
+    tl.store(linear_ptr + ch, tl.sum(-c2, 0), mask=mask)
+    tl.store(linear_ptr + C + ch, tl.sum(-c2 * lam, 0), mask=mask)
+    tl.store(linear_ptr + 2 * C + ch, tl.sum(c2 * mean - c1, 0), mask=mask)
+
+
+@kernel
+def _gradient_m(
+    x_ptr,
+    o_ptr,
+    d_ptr,
+    w_ptr,
+    g_ptr,
+    a_ptr,
+    linear_ptr,
+    s_ptr,
+    dm_ptr,
+    H,
+    W,
+    C,
+    heads,
+    DROP: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x, o and d once, writes dm, the gradient of m."""
+    tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
+    b, ch = tl.program_id(0) // tiles, tl.program_id(1) * BC + tl.arange(0, BC)
+    h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
+    base = b.to(tl.int64) * H * W * C
+    k = load_channels(a_ptr, ch, C)
+    if DROP:
+        k *= tl.load(s_ptr + b)
+    dm = load_channels(linear_ptr, ch, C) * load_gate(g_ptr, b, ch, C, heads)
+    dm *= stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C)
+    dm += k * load_map(d_ptr + base, h, w, ch, H, W, C)
+    dm += load_channels(linear_ptr + C, ch, C) * load_map(o_ptr + base, h, w, ch, H, W, C)
+    store_map(dm_ptr + base, dm + load_channels(linear_ptr + 2 * C, ch, C), h, w, ch, H, W, C)
+
+
+@kernel
+def _gradient_maps(
+    x_ptr,
+    d_ptr,
+    dm_ptr,
+    w_ptr,
+    g_ptr,
+    e_ptr,
+    lam_ptr,
+    dx_ptr,
+    do_ptr,
+    taps_ptr,
+    H,
+    W,
+    C,
+    ROWS,
+    TILES,
+    heads,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x, d and dm once, writes dx = d + g * (transposed stencil of dm) + e and do = lam * dm.
+
+    taps [B * ROWS, 9, C]: the gradients of the weights of v.
+    """
+    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    b = row // ROWS
+    base = b.to(tl.int64) * H * W * C
+    g = load_gate(g_ptr, b, ch, C, heads)
+    e = load_channels(e_ptr + b * C, ch, C)
+    lam = load_channels(lam_ptr, ch, C)
+    first = (row % ROWS) * TILES
+    taps = (tl.zeros((TH * TW, BC), tl.float32),) * 9
+    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
+        h, w = positions(tile, W, TH, TW)
+        x = load_map(x_ptr + base, h, w, ch, H, W, C)
+        u, taps = transposed_stencil(dm_ptr + base, x, taps, w_ptr, h, w, ch, H, W, C)
+        store_map(do_ptr + base, lam * load_map(dm_ptr + base, h, w, ch, H, W, C), h, w, ch, H, W, C)
+        store_map(dx_ptr + base, load_map(d_ptr + base, h, w, ch, H, W, C) + g * u + e, h, w, ch, H, W, C)
+    store_taps(taps_ptr + row.to(tl.int64) * 9 * C, taps, g, ch, C)
+
+
+@kernel
+def _mean_sums(x_ptr, rows_ptr, P, C, ROWS, PER_ROW, BP: tl.constexpr, BC: tl.constexpr):
+    """Reads x once -> rows [B * ROWS, 1, C]: sums over PER_ROW of the P positions."""
+    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    x_ptr += (row // ROWS).to(tl.int64) * P * C
+    first = (row % ROWS) * PER_ROW
+    last = min(first + PER_ROW, P)
+    s = tl.zeros((BP, BC), tl.float32)
+    for p0 in range(first, last, BP):
+        p = p0 + tl.arange(0, BP)
+        mask = (p < last)[:, None] & (ch < C)[None, :]
+        s += tl.load(x_ptr + p[:, None] * C + ch[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
+
+
+def _rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
+    """Rows of each image, and tiles of a row."""
+    B, C, H, W = x.shape
+    return split(triton.cdiv(H, TH) * triton.cdiv(W, TW), B * triton.cdiv(C, BC))
+
+
+def rows_of(x: torch.Tensor) -> int:
+    """Rows of each image in what `forward` returns."""
+    return _rows(x, **SUMS)[0]
+
+
+def _grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
+    """Programs of a kernel that writes a tile each."""
+    B, C, H, W = x.shape
+    return B * triton.cdiv(H, TH) * triton.cdiv(W, TW), triton.cdiv(C, BC)
+
+
+def _run_apply(x, o, w, g, a, lam, bias, s) -> torch.Tensor:
+    _, C, H, W = x.shape
+    out = torch.empty_like(x)
+    _apply[_grid(x, **APPLY)](
+        x, o, w, g, a, lam, bias, s, out, H, W, C, g.shape[1], FOLDED=a is None, DROP=s is not None, **APPLY
+    )
+    return out
+
+
+def forward(
+    x: torch.Tensor,
+    o: torch.Tensor,
+    qk: torch.Tensor,
+    w: torch.Tensor,
+    lam: torch.Tensor,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    s: torch.Tensor | None,
+    heads: int,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """The output, and what backward and the running statistics need: rows, channels, y and g.
+
+    With mean and var these are the statistics, without, those of the batch are.
+    """
+    B, C, H, W = x.shape
+    n, tiles = _rows(x, **SUMS)
+    rows = x.new_empty(B, n, 7, C, dtype=torch.float32)
+    _sums[(B * n, triton.cdiv(C, SUMS['BC']))](x, o, w, rows, H, W, C, n, tiles, **SUMS)
+    y, g = compute_gate(rows[:, :, SUM_X.value], qk, heads, H * W)
+    channels = x.new_empty(6, C, dtype=torch.float32)
+    _statistics[(triton.cdiv(C, STATISTICS['BC']),)](
+        *(rows, g, lam, gamma, beta, mean, var, channels, B * n, C, n, heads, eps),
+        TRAIN=mean is None,
+        AFFINE=gamma is not None,
+        **STATISTICS,
+    )
+    return _run_apply(x, o, w, g, channels[A.value], channels[LAM.value], channels[BIAS.value], s), rows, channels, y, g
+
+
+def backward(
+    d: torch.Tensor,
+    x: torch.Tensor,
+    o: torch.Tensor,
+    qk: torch.Tensor,
+    w: torch.Tensor,
+    lam: torch.Tensor,
+    s: torch.Tensor | None,
+    rows: torch.Tensor,
+    channels: torch.Tensor,
+    y: torch.Tensor,
+    g: torch.Tensor,
+    train: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, o, qk, w [C, 9], and of gamma, beta and lam in one tensor [3, C].
+
+    train says that the statistics were those of the batch.
+    """
+    B, C, H, W = x.shape
+    n, heads = rows.shape[1], g.shape[1]
+    _, tiles = _rows(x, **SUMS)
+    blocks = triton.cdiv(C, SUMS['BC'])
+    R = B * n
+    back, dg, linear = x.new_empty(4 * R + 3, C, dtype=torch.float32).split([3 * R, R, 3])
+    vectors = x.new_empty(3, C, dtype=torch.float32)
+    _gradient_sums[(R, blocks)](x, o, d, w, rows, back, H, W, C, n, tiles, **SUMS)
+    _gradient_statistics[(triton.cdiv(C, STATISTICS['BC']),)](
+        *(rows, back, g, lam, channels, s, linear, vectors, dg, R, C, n, heads),
+        TRAIN=train,
+        DROP=s is not None,
+        **STATISTICS,
+    )
+    dqk, e = compute_gate_backward(y, g, dg.view(B, n, C), qk, H * W)
+    dm, dx, do = torch.empty_like(x), torch.empty_like(x), torch.empty_like(o)
+    _gradient_m[_grid(x, **MAPS)](
+        x, o, d, w, g, channels[A.value], linear, s, dm, H, W, C, heads, DROP=s is not None, **MAPS
+    )
+    n, tiles = _rows(x, **MAPS)
+    taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
+    _gradient_maps[(B * n, triton.cdiv(C, MAPS['BC']))](
+        x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS
+    )
+    return dx, do, dqk, total(taps, w.dtype), vectors
+
+
+def folded(
+    x: torch.Tensor,
+    o: torch.Tensor,
+    qk: torch.Tensor,
+    w: torch.Tensor,
+    lam: torch.Tensor,
+    bias: torch.Tensor,
+    heads: int,
+) -> torch.Tensor:
+    """The output with the norm folded into w, lam and bias, for inference."""
+    B, C, H, W = x.shape
+    BP, BC = 16, 64
+    n, tiles = split(triton.cdiv(H * W, BP), B * triton.cdiv(C, BC))
+    rows = x.new_empty(B, n, C, dtype=torch.float32)
+    _mean_sums[(B * n, triton.cdiv(C, BC))](x, rows, H * W, C, n, tiles * BP, BP=BP, BC=BC)
+    _, g = compute_gate(rows, qk, heads, H * W)
+    return _run_apply(x, o, w, g, None, lam, bias, None)
