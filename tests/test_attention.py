@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from slow import slow_except
 from timm.models import save_for_hf
+from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import nn
 
@@ -43,6 +44,10 @@ def create(name, **kwargs):
     elif name.startswith('resnet'):
         kwargs = {'channels': (32, 32, 64, 64), 'layers': (2, 3, 1, 2), **kwargs}
     return timm.create_model(name, **{'dtype': torch.float64, 'num_classes': 7, **kwargs}).eval()
+
+
+def averaged(model):
+    return ModelEmaV3(model).eval()
 
 
 def images(batch=2):
@@ -373,6 +378,15 @@ def attention(*args, cwd):
     )
 
 
+UNREADABLE = {
+    'transformers': '{"architectures": ["BertModel"], "hidden_size": 8}',
+    'nameless': '{"num_classes": 10}',
+    'string': '"resnet18_mrla"',
+    'lists': '{"architecture": "resnet18_mrla", "pretrained_cfg": ["input_size", 3], "model_args": [3]}',
+    'json': '{"architecture": ',
+}
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """Two images, a model in a folder of its own, and checkpoints as timm's train.py writes them."""
@@ -390,6 +404,11 @@ def folder(tmp_path_factory):
     torch.save(timm.create_model('deit_tiny_mrla', depth=2).state_dict(), folder / 'deit.pth')
     (folder / 'folder.png').mkdir()
     (folder / 'text.png').write_text('no image')
+    Image.new('1', (20_000, 10_000)).save(folder / 'huge.png')  # as many pixels as Pillow takes for an attack
+    (folder / 'torn.png').write_bytes((folder / 'one.png').read_bytes()[:200])
+    for name, config in UNREADABLE.items():
+        (folder / name).mkdir()
+        (folder / name / 'config.json').write_text(config)
     (folder / 'text.pth').write_text('no checkpoint')
     return folder
 
@@ -463,6 +482,12 @@ def test_command_draws_feature_maps(folder, tmp_path):
         (['resnet18', 'one.png'], 'ResNet has no layer attention'),
         (['resnet18_mrla', 'none.png'], "no image 'none.png'"),
         (['resnet18_mrla', 'text.png'], "'text.png' is not an image"),
+        (['resnet18_mrla', 'huge.png'], "'huge.png' is not an image"),
+        (['resnet18_mrla', 'torn.png'], "'torn.png' is not an image"),
+        *(
+            (['local-dir:' + name, 'one.png'], f"'local-dir:{name}' holds no model that timm can")
+            for name in UNREADABLE
+        ),
         (['resnet18_mrla', 'one.png', '--pretrained'], 'No pretrained weights exist for resnet18_mrla'),
         (['resnet18_mrla', 'one.png', '--checkpoint', 'none.pth'], "no checkpoint 'none.pth'"),
         (['resnet18_mrla', 'one.png', '--checkpoint', 'text.pth'], "'text.pth' cannot be read"),
@@ -503,3 +528,16 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert 'needs matplotlib' in line
     assert "pip install 'timm-mrla[plot]'" in line
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, averaged], ids=['compile', 'DataParallel', 'EMA'])
+def test_names_are_those_of_the_model_in_what_wraps_it(wrap):
+    model, x = create('resnet18_mrla'), images()
+    expected = layer_attention(model, x)
+    found = layer_attention(wrap(model), x)
+    assert found.blocks == expected.blocks
+    assert found.heads == expected.heads
+    assert all(torch.equal(found[stage], expected[stage]) for stage in expected)
+    model.layer2[1] = torch.compile(model.layer2[1])
+    assert layer_attention(model, x).blocks == expected.blocks
+    assert torch.equal(feature_maps(model, x, 'layer2.1')[0], feature_maps(wrap(model), x, 'layer2.1')[0])

@@ -86,14 +86,14 @@ def refusal(args, monkeypatch, capsys):
         (['train.py', '--model', 'resnet18_mrla.warmstart_nobody'], "no warm start 'warmstart_nobody'"),
         (['train.py', '--model', 'resnet18_mrlab.warmstart_a1_in1k'], "no warm start 'warmstart_a1_in1k'"),
         (['train.py', '--model', 'resnet18_mrla', '--seeds', '1'], '--seeds 1 is less than 2'),
-        (['train.py', '--model', 'resnet18_mrla', '--jobs', '0'], '--jobs 0 is less than 1'),
+        (['train.py', '--model', 'resnet18_mrla', '--jobs', '-1'], '--jobs -1 is less than 1'),
         (['train.py', '--model', 'resnet18_mrla', '--metric', 'auc'], "no metric 'auc'"),
         (['train.py', '--model', 'resnet18_mrla', '--', '--seed=3'], 'its --seed; leave it out'),
         (['train.py', '--model', 'resnet18_mrla', '--', '--lr', '1', '--pretrained'], 'its --pretrained; leave it out'),
         (['train.py', '--model', 'resnet18_mrla', '--', '--resum', 'last.pth'], 'short for --resume; write it in full'),
         (
             ['train.py', '--model', 'resnet18_mrla', '--', '--dev=cpu'],
-            '--dev may be short for --device-modules or --dev',
+            '--dev may be short for --device or --device-modules',
         ),
         (['train.py', '--model', 'resnet18_mrla', '--', '--conf', 'a.yaml'], 'short for --config; write it in full'),
         (
@@ -113,6 +113,14 @@ def refusal(args, monkeypatch, capsys):
             "'edited' belongs to another comparison, resnet18_mrla -- -c lr.yaml lr: 0.1;",
         ),
         (['train.py', '--model', 'resnet18_mrla', '--out', 'other'], "'other' belongs to another comparison"),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--out', 'list'],
+            "'list/comparison.json' is not what compare writes",
+        ),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--out', 'torn'],
+            "'torn/comparison.json' is not what compare writes",
+        ),
         (['train.py', '--model', 'resnet18_mrla', '--out', 'photos'], "'photos' is not empty"),
         (['train.py', '--model', 'resnet18_mrla', '--out', 'train.py'], "'train.py' is not empty"),
     ],
@@ -123,6 +131,9 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkey
     (tmp_path / 'photos' / 'cat.jpg').touch()
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'comparison.json').write_text('{"models": ["resnet34_mrla"], "arguments": ["--lr", "1"]}')
+    for name, text in (('list', '[]'), ('torn', '{"models": ["resnet18_mrla"')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'comparison.json').write_text(text)
     (tmp_path / 'own.yaml').write_text("lr: 0.1\nresume: ''\npretrained: true\n")
     (tmp_path / 'seed.yaml').write_text('model: null\npretrained: false\nseed: 0\n')
     (tmp_path / 'text.yaml').write_text('lr 0.1')

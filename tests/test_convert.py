@@ -213,6 +213,15 @@ def test_mistakes_in_the_command(convert):
     assert 'name=value' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo')
 
 
+def test_values_that_are_not_finite_are_told(convert):
+    state_dict = timm.create_model('resnet18_mrla').state_dict()
+    state_dict['layer2.0.conv1.weight'][3, 5, 1, 1] = float('nan')
+    state_dict['layer3.0.bn1.bias'][0] = float('inf')
+    torch.save(state_dict, 'last.pth')
+    with pytest.warns(UserWarning, match=r"'last\.pth' has values in layer2\.0\.conv1\.weight that are not finite"):
+        convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out')
+
+
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """As a limit on the size of a file makes one."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -78,3 +79,15 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     message = refusal([], monkeypatch, capsys)
     assert f'needs {module}' in message
     assert "pip install 'timm-mrla[demo]'" in message
+
+
+def test_stopped_it_says_so_and_leaves_nothing(tmp_path):
+    command = [sys.executable, '-m', 'timm_mrla', 'demo', '--out', 'digits']
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    printed = process.stderr.read(1)  # of the progress bar
+    process.send_signal(signal.SIGINT)
+    printed += process.stderr.read()
+    assert process.wait() == 130
+    assert printed.splitlines()[-1] == 'timm-mrla: stopped'
+    assert 'Traceback' not in printed
+    assert not [*tmp_path.iterdir()]

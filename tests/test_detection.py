@@ -338,6 +338,15 @@ def test_what_config_json_cannot_hold(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['taken']
 
 
+UNREADABLE = {
+    'string': '"mask_rcnn"',
+    'list': '["mask_rcnn", "resnet18_mrla"]',
+    'json': '{"architecture": ',
+    'wrong': '{"architecture": "mask_rcnn", "backbone": ["resnet18_mrla"]}',
+    'lists': '{"architecture": "resnet18_mrla", "pretrained_cfg": ["input_size", 3]}',
+}
+
+
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     """Folders and checkpoints of a detector and of a classifier."""
@@ -351,6 +360,9 @@ def files(tmp_path_factory):
     save_classifier(timm.create_model('resnet18_mrla', in_chans=1), folder / 'grey')
     (folder / 'empty').mkdir()
     (folder / 'text.pth').write_text('no checkpoint')
+    for name, config in UNREADABLE.items():
+        (folder / name).mkdir()
+        (folder / name / 'config.json').write_text(config)
     return folder
 
 
@@ -380,6 +392,7 @@ BAD = [
     (dict(backbone='resnet18', weights_backbone='local-dir:{}/classifier'), 'holds resnet18_mrla, and not resnet18'),
     (dict(weights_backbone='local-dir:{}/grey'), 'grey. takes images of 1 channels'),
     (dict(weights_backbone='local-dir:{}/empty'), 'empty. holds no model'),
+    (dict(weights_backbone='local-dir:{}/lists'), 'lists. holds no model'),
     (dict(weights_backbone='hf-hub:user/nothing'), "'hf-hub:user/nothing' holds no model: .*Repository Not Found"),
     (dict(weights='nowhere.pth'), "no checkpoint 'nowhere.pth'"),
     (dict(weights='{}/text.pth'), 'text.pth. cannot be read as weights alone'),
@@ -483,6 +496,10 @@ def test_a_picture_of_nothing(tmp_path, monkeypatch):
         (['{}/classifier', '{}/image.png'], 'holds resnet18_mrla, no detector'),
         (['{}/detector.pth', '{}/image.png'], 'does not say what it is of'),
         (['nowhere', '{}/image.png'], "there is no checkpoint 'nowhere'"),
+        (['{}/string', '{}/image.png'], "string' holds no model: its config.json names no architecture"),
+        (['{}/list', '{}/image.png'], "list' holds no model: its config.json names no architecture"),
+        (['{}/json', '{}/image.png'], "json' holds no model: its config.json cannot be read"),
+        (['{}/wrong', '{}/image.png'], "wrong' holds no detector that can be built"),
     ],
 )
 def test_bad_pictures(args, message, files, tmp_path, monkeypatch, capsys):

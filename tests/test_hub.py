@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from ast import literal_eval
@@ -274,6 +275,15 @@ def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
     assert 'dataset' in refusal('nowhere.pth', REPO, '--model', 'resnet18_mrla', '--metric', 'accuracy=0.7')
     assert 'holds no model' in refusal(tmp_path, REPO)
     assert 'README.md: write its licence' in refusal(folder, REPO, '--license', 'mit')
+    for name, file, content in (
+        ('torn', 'model.safetensors', (folder / 'model.safetensors').read_bytes()[:5000]),
+        ('string', 'config.json', b'"resnet18_mrla"'),
+        ('json', 'config.json', b'{"architecture": '),
+        ('card', 'README.md', b'---\nlicense: [mit\n---\n'),
+    ):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / file).write_bytes(content)
+        assert str(tmp_path / name) in refusal(tmp_path / name, REPO)
     assert '--model NAME' in refusal(folder / 'model.safetensors', REPO)
     save_for_hf(create('resnet18', num_classes=2), tmp_path / 'plain', safe_serialization=True)
     assert "'resnet18' is no model of timm-mrla" in refusal(tmp_path / 'plain', REPO)

@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_mrla.layers import MrlaBase, layer_attentions, to_map
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.models._weights import WRAPPERS
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 
@@ -28,7 +29,7 @@ def by_block(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attentions by the blocks that hold them, or by their own names where one module holds several."""
     if any(isinstance(module, InferenceLight | InferenceBase) for module in model.modules()):
         raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
-    found = layer_attentions(model)
+    found = {WRAPPERS.sub('', name): layer for name, layer in layer_attentions(model).items()}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layer attention; timm.list_models('*_mrla*') lists models that have it"

@@ -112,6 +112,8 @@ def _compare(args: argparse.Namespace) -> None:
         from timm_mrla.compare import compare, report
     except ModuleNotFoundError as e:
         raise ValueError(f"comparing needs {e.name}: pip install 'timm-mrla[compare]'") from e
+    if args.jobs < 1:
+        raise ValueError(f'--jobs {args.jobs} is less than 1')
     devices = args.devices.split(',') if args.devices else [None] * args.jobs
     try:
         results = compare(args.script, args.model, args.out, args.train_args, args.seeds, args.metric, devices)
@@ -225,5 +227,7 @@ def main() -> None:
     args.train_args = train_args
     try:
         args.fn(args)
+    except KeyboardInterrupt:
+        parser.exit(130, 'timm-mrla: stopped\n')  # as a shell reports it
     except (ValueError, RuntimeError, OSError) as e:
         parser.exit(2, f'timm-mrla: {" ".join(str(e).split())}\n')

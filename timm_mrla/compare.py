@@ -269,9 +269,12 @@ def _claim(out: Path, comparison: dict[str, Any]) -> None:
     """Make a folder that of a comparison, or find that it is."""
     path = out / 'comparison.json'
     if path.exists():
-        found = json.loads(path.read_text())
-        if found != comparison:
+        try:
+            found = json.loads(path.read_text())
             theirs = ' '.join([*found['models'], '--', *found['arguments'], found.get('config', '')])
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ValueError(f'{str(path)!r} is not what compare writes; name another --out') from e
+        if found != comparison:
             raise ValueError(f'{str(out)!r} belongs to another comparison, {theirs}; name another --out')
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'{str(out)!r} is not empty and no folder of a comparison; name another --out')
@@ -355,7 +358,7 @@ def compare(
     if seeds < 2:
         raise ValueError(f'--seeds {seeds} is less than 2, and an interval needs two')
     if not devices:
-        raise ValueError('--jobs 0 is less than 1')
+        raise ValueError('there are no devices to run on')
     args, pairs = _parse(train_args), {model: _arms(model) for model in models}
     path = Path(out)
     config = {'config': Path(args.config).read_text()} if args.config else {}

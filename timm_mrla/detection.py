@@ -30,7 +30,16 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from timm_mrla.hub import check_model, check_repo, full_state_dict, load_checkpoint, new_folder, read_checkpoint, upload
+from timm_mrla.hub import (
+    built_with,
+    check_model,
+    check_repo,
+    full_state_dict,
+    load_checkpoint,
+    new_folder,
+    read_checkpoint,
+    upload,
+)
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models._weights import StateDict, fit_state_dict
 
@@ -113,7 +122,8 @@ def _create_body(name: str, weights: str | None) -> nn.Module:
         config = _read_config(weights.removeprefix('local-dir:'))
         if config['architecture'] != name:
             raise ValueError(f'{weights!r} holds {config["architecture"]}, and not {name}')
-        channels = config.get('pretrained_cfg', config)['input_size'][0]
+        with built_with(weights, {}):
+            channels = config.get('pretrained_cfg', config)['input_size'][0]
         if channels != 3:
             raise ValueError(f'{weights!r} takes images of {channels} channels, and detectors have those of 3')
         return timm.create_model(weights, pretrained=True, **size)
@@ -154,9 +164,14 @@ def _file(name: str, file: str) -> str:
 def _read_config(name: str) -> dict[str, Any]:
     """What a folder or a repository of the Hub says of its model."""
     try:
-        return {'architecture': None, **json.loads(Path(_file(name, 'config.json')).read_text())}
-    except (OSError, ValueError, TypeError) as e:
+        config = json.loads(Path(_file(name, 'config.json')).read_text())
+    except OSError as e:
         raise ValueError(f'{name!r} holds no model: {e}') from e
+    except ValueError as e:
+        raise ValueError(f'{name!r} holds no model: its config.json cannot be read: {e}') from e
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        raise ValueError(f'{name!r} holds no model: its config.json names no architecture')
+    return config
 
 
 def _open_weights(name: str) -> tuple[dict[str, Any], Callable[[], StateDict]]:
@@ -300,7 +315,10 @@ def from_pretrained(name: str) -> Detector:
     saved, _ = _open_weights(name)
     if 'backbone' not in saved:
         raise ValueError(f'{name!r} does not say what it is of: build the detector, with weights={name!r}')
-    return _build(saved['architecture'], saved['backbone'], weights=name)
+    try:
+        return _build(saved['architecture'], saved['backbone'], weights=name)
+    except (TypeError, LookupError, AttributeError) as e:  # what config.json says is not what it should be
+        raise ValueError(f'{name!r} holds no detector that can be built: {type(e).__name__}: {e}') from e
 
 
 def save_pretrained(model: Detector, folder: str | os.PathLike) -> None:

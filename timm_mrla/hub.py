@@ -4,12 +4,14 @@ import os
 import re
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -46,11 +48,16 @@ def check_ours(name: str) -> None:
 
 @contextmanager
 def built_with(name: str, model_kwargs: dict[str, Any]) -> Iterator[None]:
-    """Makes a ValueError of an argument that a model cannot be built with."""
+    """Makes a ValueError of arguments that a model cannot be built with, or of what its folder or repository holds."""
     try:
         yield
-    except TypeError as e:
-        raise ValueError(f'{name} cannot be built with {model_kwargs}: {e}') from e
+    except Exception as e:
+        if model_kwargs and isinstance(e, TypeError):
+            raise ValueError(f'{name} cannot be built with {model_kwargs}: {e}') from e
+        if ':' not in name:
+            raise
+        reason = e.__cause__ or e
+        raise ValueError(f'{name!r} holds no model that timm can load: {type(reason).__name__}: {reason}') from e
 
 
 def check_file(path: str) -> None:
@@ -104,15 +111,22 @@ def new_folder(folder: str | os.PathLike) -> Iterator[str]:
 def read_checkpoint(path: str) -> StateDict:
     """Read the state dict that a training script wrote; nothing in the checkpoint is run.
 
+    Values that are not finite, as of training that diverged, are a warning.
+
     Raises:
         ValueError: There is no such file, or it holds more than weights.
     """
     check_file(path)
     try:
-        return convert_state_dict(load_state_dict(path))
+        state_dict = convert_state_dict(load_state_dict(path))
     except Exception as e:  # whatever a file may hold
         reason = '. '.join(str(e).split('. ')[:2])  # what timm says after that is of no use here
         raise ValueError(f'{path!r} cannot be read as weights alone: {type(e).__name__}: {reason}') from e
+    for name, tensor in state_dict.items():
+        if isinstance(tensor, torch.Tensor) and not tensor.float().isfinite().all():
+            warnings.warn(f'{path!r} has values in {name} that are not finite', stacklevel=2)
+            break
+    return state_dict
 
 
 def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
@@ -163,15 +177,15 @@ def load_folder(folder: str) -> tuple[nn.Module, ModelCard | None]:
     """Load the model in a folder that timm wrote or `save_pretrained`, and its model card, if it has one.
 
     Raises:
-        ValueError: There is no model of timm's in the folder, or it does not fit.
+        ValueError: There is no model of timm's in the folder, it does not fit, or README.md is no model card.
     """
+    name, card = f'local-dir:{folder}', os.path.join(folder, 'README.md')
+    with built_with(name, {}):
+        model = timm.create_model(name, pretrained=True)
     try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except (KeyError, RuntimeError, TypeError, OSError) as e:
-        reason = e.__cause__ or e
-        raise ValueError(f'{folder!r} holds no model that timm can load: {type(reason).__name__}: {reason}') from e
-    card = os.path.join(folder, 'README.md')
-    return model, ModelCard.load(card) if os.path.exists(card) else None
+        return model, ModelCard.load(card) if os.path.exists(card) else None
+    except Exception as e:  # whatever a file may hold
+        raise ValueError(f'{card!r} is no model card: {e}') from e
 
 
 def _check_layers(model: nn.Module) -> None:

@@ -65,7 +65,8 @@ def look(
         if checkpoint:
             net = load_checkpoint(checkpoint, model, **model_kwargs)
         else:
-            net = timm.create_model(model, pretrained=pretrained, **model_kwargs)
+            with built_with(model, model_kwargs):
+                net = timm.create_model(model, pretrained=pretrained, **model_kwargs)
         data_config = resolve_model_data_config(net)
         transform = create_transform(**data_config)
         mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'

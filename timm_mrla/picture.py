@@ -38,8 +38,8 @@ def open_image(path: str) -> Image.Image:
         return image
     except FileNotFoundError:
         raise FileNotFoundError(f'there is no image {path!r}') from None
-    except OSError as e:
-        raise ValueError(f'{path!r} is not an image that Pillow reads') from e
+    except Exception as e:  # whatever a file may hold
+        raise ValueError(f'{path!r} is not an image that Pillow reads: {e}') from e
 
 
 def detect(model: str, images: list[str], out: str) -> None:

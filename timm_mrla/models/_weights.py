@@ -32,7 +32,7 @@ _AUTHORS_NAMES = (
 )
 
 # what torch's wrappers put into names, beside the prefix that all have
-_WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 
 
 def without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
@@ -160,7 +160,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     """
     state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))
     # AveragedModel has a counter beside the model
-    state_dict = {_WRAPPERS.sub('', name): tensor for name, tensor in state_dict.items() if name != 'n_averaged'}
+    state_dict = {WRAPPERS.sub('', name): tensor for name, tensor in state_dict.items() if name != 'n_averaged'}
     while len(state_dict) > 1 and len({name.partition('.')[0] for name in state_dict}) == 1:
         state_dict = {name.partition('.')[2]: tensor for name, tensor in state_dict.items()}
     out = {}
