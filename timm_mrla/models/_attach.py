@@ -55,6 +55,10 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
     memory format, mode and what requires gradients. What `timm.create_model` built can then be saved and published, and
     loads as the entry `<name>_mrla`.
 
+    timm's `freeze_batch_norm_2d` on the result freezes the norms of layer attention too; freeze first, then attach. Where
+    layer attention has stochastic depth, it draws random numbers of its own, so that in training mode the backbone's
+    blocks then drop other samples than without it.
+
     Args:
         model: The model.
         blocks: Patterns of names of blocks, as of the shell, such as 'stages.2.*'; all that can have it if None.
