@@ -11,6 +11,19 @@ import sys
 import pytest
 import timm
 import torch
+from gpu import (
+    CHANNELS_LAST,
+    DEVICE,
+    INTERPRETER,
+    ROUNDING,
+    assert_close,
+    assert_trains_as_plain,
+    draw,
+    kernels,
+    maps,
+    model_and_images,
+    on_gpu,
+)
 from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d, RmsNorm
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -18,59 +31,35 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
-from timm_mrla.layers import MrlaBase, MrlaLight, layer_attentions
-from timm_mrla.ops import functions, reason
+from timm_mrla.layers import MrlaLight, layer_attentions
+from timm_mrla.ops import light_functions as functions
+from timm_mrla.ops import reason
 
 pytest.importorskip('triton')
 slow = pytest.mark.slow
-INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cpu' if INTERPRETER or not torch.cuda.is_available() else 'cuda'
-GPU = DEVICE == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
-CHANNELS_LAST = {'memory_format': torch.channels_last}
-ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.mark.skipif(INTERPRETER or DEVICE == 'cuda', reason='this process runs the kernels itself')
+@pytest.mark.parametrize('file', ['test_fused.py', 'test_fused_base.py'])
 @pytest.mark.parametrize('marked', ['not slow', pytest.param('slow', marks=slow)])
-def test_in_the_interpreter(marked):
-    command = [sys.executable, '-m', 'pytest', __file__, '-n', '0', '-q', '-p', 'no:cacheprovider', '-m', marked]
+def test_in_the_interpreter(file, marked):
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        os.path.join(os.path.dirname(__file__), file),
+        '-n',
+        '0',
+        '-q',
+        '-p',
+        'no:cacheprovider',
+        '-m',
+        marked,
+    ]
     env = {**os.environ, 'TRITON_INTERPRET': '1'}
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]
     assert int(result.stdout.split(' passed')[0].split()[-1]) > 20
-
-
-def kernels(test):
-    """Mark a test that runs kernels, on a GPU or in the interpreter."""
-    return pytest.mark.cuda(pytest.mark.skipif(not (GPU or INTERPRETER), reason='no GPU, no interpreter')(test))
-
-
-def on_gpu(test):
-    """Mark a test that needs a GPU."""
-    return pytest.mark.cuda(pytest.mark.skipif(not GPU, reason='no GPU')(test))
-
-
-def assert_close(name, expected, result, ratio):
-    """Relative to the norm of the expected tensor."""
-    expected, result = expected.double(), result.double()
-    assert expected.shape == result.shape, name
-    error = (expected - result).norm() / expected.norm().clamp_min(1e-6)
-    assert error < ratio, f'{name}: {error:.1e}'
-
-
-def maps(*shape, dtype=torch.float32, shift=0.0):
-    x = torch.randn(shape, device=DEVICE) + shift
-    return (x.contiguous(**CHANNELS_LAST) if len(shape) == 4 else x).to(dtype)
-
-
-def draw(layer, dtype):
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_()
-        for name, buffer in layer.named_buffers():
-            if 'running' in name:
-                buffer.uniform_(0.5, 2)
-    return layer.to(DEVICE, dtype)
 
 
 def compare(layer, x, o, feat_size=None):
@@ -177,6 +166,19 @@ def test_folded(size, dtype):
         result, expected = folded(x, o), layer.double().branch(x.double(), o.double(), None) + x.double()
     assert result.dtype == dtype and result.stride() == x.stride()
     assert_close('output', expected, result, ROUNDING[dtype])
+
+
+@kernels
+@pytest.mark.parametrize('fuse', [False, True])
+def test_post_in_nhwc(fuse):
+    torch.manual_seed(0)
+    layer = MrlaLight(32, 16, nn.BatchNorm2d, layout='NHWC').to(DEVICE).eval()
+    x, o = torch.randn(2, 2, 5, 6, 32, device=DEVICE)
+    expected = x.double() + copy.deepcopy(layer).double().branch(x.double(), o.double(), None)
+    layer = layer.fuse() if fuse else layer
+    assert reason(layer, x, o) == ''
+    with torch.no_grad():
+        assert_close('output', expected, layer(x, o), 1e-5)
 
 
 def pre(dim, heads, norm=LayerNorm, layout='NLC', dtype=torch.float32, **kwargs):
@@ -317,45 +319,17 @@ MODELS = {
 }
 
 
-def model_and_images(name, **kwargs):
-    torch.manual_seed(0)
-    size = MODELS[name]
-    model = timm.create_model(name, num_classes=3, **({'img_size': size} if 'vit' in name else {}), **kwargs)
-    return model.to(DEVICE, **CHANNELS_LAST), torch.randn(2, 3, *size, device=DEVICE).contiguous(**CHANNELS_LAST)
-
-
-def steps(model, x, count=3):
-    """Losses of some steps of training."""
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
-    for _ in range(count):
-        loss = model.train()(x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
 @kernels
 @slow
 @pytest.mark.parametrize('name', MODELS)
 def test_models_train_as_they_do_plain(name):
-    """As close to float64 as the plain layers are."""
-    model, x = model_and_images(name)
-    reasons = timm_mrla.why_not_fused(model, x)
-    assert [*reasons] == [*layer_attentions(model)] and set(reasons.values()) == {''}
-    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-    losses = steps(model, x)
-    timm_mrla.set_fused(False)
-    plain_losses, expected = steps(plain, x).double(), steps(exact, x.double())
-    timm_mrla.set_fused(True)
-    assert_close('losses', expected, losses, max(1e-5, 5 * ((plain_losses - expected).norm() / expected.norm()).item()))
+    assert_trains_as_plain(*model_and_images(name, MODELS[name]))
 
 
 @kernels
 @slow
 def test_reparameterized_models_run_in_the_kernels():
-    model, x = model_and_images('test_resnet_mrla')
+    model, x = model_and_images('test_resnet_mrla', MODELS['test_resnet_mrla'])
     with torch.no_grad():
         expected = model.eval()(x)
         model = reparameterize_model(model)
@@ -366,7 +340,7 @@ def test_reparameterized_models_run_in_the_kernels():
 @kernels
 @slow
 def test_looking_at_a_model_gives_the_same():
-    model, x = model_and_images('test_resnet_mrla')
+    model, x = model_and_images('test_resnet_mrla', MODELS['test_resnet_mrla'])
     looks = []
     for enable in (True, False):
         timm_mrla.set_fused(enable)
@@ -442,7 +416,12 @@ def test_what_the_kernels_do_not_read_runs_plain():
         assert why in reason(layer, a, b)
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         layer(x[:1, :, :1, :1], x[:1, :, :1, :1])
-    assert 'no kernels for MrlaBase' in reason(MrlaBase(32, 16, nn.BatchNorm2d), x, ())
+    subclass = type('Other', (MrlaLight,), {})(32, 16, nn.BatchNorm2d)
+    assert 'no kernels for Other' in reason(subclass, x, x)
+    tokens = MrlaLight(32, 16, nn.BatchNorm2d, layout='NLC')
+    assert 'the form post on tokens' in reason(
+        tokens, x.flatten(2).mT.contiguous(), x.flatten(2).mT.contiguous(), (4, 4)
+    )
 
 
 @kernels
@@ -489,7 +468,7 @@ def test_kernels_are_turned_off():
     off = reason(layer, x, x)
     timm_mrla.set_fused(True)
     assert 'set_fused(False)' in off and not reason(layer, x, x)
-    code = 'import timm_mrla.ops.dispatch as d; print(d._enabled)'
+    code = 'import timm_mrla.ops.reasons as r; print(r._enabled)'
     env = {**os.environ, 'TIMM_MRLA_FUSED': '0'}
     assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout == 'False\n'
 
@@ -593,20 +572,20 @@ def test_maps_of_more_than_2_to_the_31_elements():
 
 def launch_post(dtype, C, heads):
     """Every kernel of the form `post`, with and without what is optional."""
-    from timm_mrla.ops import light_post
+    from timm_mrla.ops import light_post, light_post_backward
 
     x, o, d = (torch.empty(2, C, 7, 7, dtype=dtype).contiguous(**CHANNELS_LAST) for _ in range(3))
     qk, w, lam, s = (torch.empty(*shape) for shape in ((2, 5), (9, C), (C,), (2,)))
     for affine, statistics, scale in ((lam, None, s), (None, None, None), (lam, lam, None)):
         norm = (affine, affine, statistics, statistics, scale)
         _, *saved = light_post.forward(x, o, qk, w, lam, *norm, heads, 1e-5)
-        light_post.backward(d, x, o, qk, w, lam, scale, *saved, statistics is None)
+        light_post_backward.backward(d, x, o, qk, w, lam, scale, *saved, statistics is None)
     light_post.folded(x, o, qk, w, lam, lam, heads)
 
 
 def launch_pre(dtype, C, heads):
     """Every kernel of the form `pre`, with and without what is optional."""
-    from timm_mrla.ops import light_pre
+    from timm_mrla.ops import light_pre, light_pre_backward
 
     x, o, d = (torch.empty(2, 54, C, dtype=dtype) for _ in range(3))
     qk, w, lam, s = (torch.empty(*shape) for shape in ((2, 5), (9, C), (C,), (2,)))
@@ -616,7 +595,7 @@ def launch_pre(dtype, C, heads):
         ((lam, lam, None, None), s, False),
     ):
         _, *saved = light_pre.forward(x, o, (7, 7), qk, w, lam, *norms, scale, heads, 1e-5, rms, torch.float32)
-        light_pre.backward(d, x, o, (7, 7), qk, w, lam, *norms, scale, *saved, rms, torch.bfloat16)
+        light_pre_backward.backward(d, x, o, (7, 7), qk, w, lam, *norms, scale, *saved, rms, torch.bfloat16)
 
 
 WIDTHS = [(24, 8), (40, 8), (64, 2), (96, 6), (384, 24), (768, 48), (2048, 64), (3072, 192)]

@@ -61,6 +61,8 @@ class InferenceLight(nn.Module):
 class InferenceBase(nn.Module):
     """MRLA-base of the form `post`: `x, memory = mrla(x, memory)`."""
 
+    fused = None  # as that of MrlaBase
+
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
         scale, bias = _fold(mrla.norm)
@@ -68,6 +70,8 @@ class InferenceBase(nn.Module):
         self.scale, self.bias = nn.Parameter(scale), nn.Parameter(bias)
 
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
+        if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
+            return out
         x, prefix = to_map(x, self.layout, feat_size)
         dim = self.v.out_channels
         scores, k = self.attn(x, dim, memory[::2])

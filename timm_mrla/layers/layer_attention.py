@@ -45,8 +45,8 @@ class _LayerAttention(nn.Module):
     """What MRLA adds to a block. A subclass says how weights and values make m."""
 
     recompute = False  # what backward needs of the branch, rather than save it
-    # `fused(self, x, o, feat_size)`: the output by fused kernels, or None where they may not run; set by timm_mrla.ops
-    fused: Callable[..., torch.Tensor | None] | None = None
+    # `fused(self, *args of forward)`: its result by fused kernels, or None where they may not run; set by timm_mrla.ops
+    fused: Callable[..., torch.Tensor | tuple[torch.Tensor, Memory] | None] | None = None
 
     def __init__(
         self,
@@ -187,6 +187,8 @@ class MrlaBase(_LayerAttention):
         Returns:
             x with what was retrieved added to it, and the memory for the next block.
         """
+        if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
+            return out
         args = (x, feat_size, *memory)
         m, k, v = recompute(self, self.branch, *args) if self.recompute else self.branch(*args)
         return x + self.drop_path(m), (*memory, k, v)

@@ -20,8 +20,9 @@ def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.
     x, prefix = (x[:, P:], x[:, :P]) if isinstance(P, torch.fx.Proxy) or P else (x, None)  # a proxy is any number
     # other ways to the same values give one image strides of which torch's batch norm computes wrong gradients
     x = x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
-    # exporters take an example batch of one for the only batch where a convolution reads such a view
-    return x.contiguous() if torch.compiler.is_exporting() else x, prefix
+    # exporters take an example batch of one for the only batch where a convolution reads such a view; the flag, because
+    # is_exporting() is true of torch.compile too, in torch 2.9
+    return x.contiguous() if torch.compiler._is_exporting_flag else x, prefix
 
 
 def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -> torch.Tensor:

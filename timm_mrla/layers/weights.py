@@ -38,7 +38,7 @@ class _Weights(nn.Module):
         # the gradient of a sum is a view, where that of a mean is a map; float16 cannot hold the sum of a large map
         y = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
         y, B = y.to(x.dtype), x.shape[0]
-        if not isinstance(B, torch.fx.Proxy) and B == 0:
+        if not (isinstance(B, torch.fx.Proxy) or torch.jit.is_tracing()) and B == 0:
             y = F.pad(y, (0, 0, 0, 1))  # torch refuses an image of height 0
         qk = self.qk(y[None, None]).unflatten(-1, (self.num_heads, dim // self.num_heads))[0, :, :B]
         return qk[0] * (dim // self.num_heads) ** -0.5, qk[1]

@@ -1,7 +1,9 @@
-from timm_mrla.layers import MrlaLight
-from timm_mrla.layers.inference import InferenceLight
-from timm_mrla.ops.dispatch import fused, reason, set_fused
+from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.ops.dispatch import fused
+from timm_mrla.ops.reasons import reason, set_fused
 
-MrlaLight.fused = InferenceLight.fused = staticmethod(fused)
+for layer in (MrlaLight, MrlaBase, InferenceLight, InferenceBase):
+    layer.fused = staticmethod(fused)
 
 __all__ = ['fused', 'reason', 'set_fused']

@@ -27,6 +27,8 @@ kernel = triton.jit(
         'PER_ROW',
         'STRIDE',
         'heads',
+        'T',
+        'L',
         'inverse',
         'scale',
         'eps',
@@ -106,7 +108,7 @@ def store_taps(ptr, taps, g, ch, C):
 
 
 @triton.jit
-def _query_key(y_ptr, qk_ptr, c, ok, C, K, inverse):
+def query_key(y_ptr, qk_ptr, c, ok, C, K, inverse):
     """Query and key of channels c from the sums of the channels around them."""
     q = tl.zeros(c.shape, tl.float32)
     k = tl.zeros(c.shape, tl.float32)
@@ -116,6 +118,20 @@ def _query_key(y_ptr, qk_ptr, c, ok, C, K, inverse):
         q += y * tl.load(qk_ptr + j).to(tl.float32)
         k += y * tl.load(qk_ptr + K + j).to(tl.float32)
     return q, k
+
+
+@triton.jit
+def image_sums(sums_ptr, y_ptr, C, ROWS, STRIDE, BR: tl.constexpr, BC: tl.constexpr):
+    """Sums y [C] of rows [ROWS, STRIDE] of an image, which all threads of the program may then read."""
+    for c0 in range(0, C, BC):
+        ch = c0 + tl.arange(0, BC)
+        y = tl.zeros((BR, BC), tl.float32)
+        for r0 in range(0, ROWS, BR):
+            r = r0 + tl.arange(0, BR)
+            mask = (r < ROWS)[:, None] & (ch < C)[None, :]
+            y += tl.load(sums_ptr + r[:, None] * STRIDE + ch[None, :], mask=mask, other=0.0)
+        tl.store(y_ptr + ch, tl.sum(y, 0), mask=ch < C)
+    tl.debug_barrier()
 
 
 @kernel
@@ -141,23 +157,14 @@ def gate(
     STRIDE is the distance of two rows, inverse 1 / (H * W).
     """
     b = tl.program_id(0).to(tl.int64)
-    sums_ptr += b * ROWS * STRIDE
     y_ptr += b * C
-    for c0 in range(0, C, BC):
-        ch = c0 + tl.arange(0, BC)
-        y = tl.zeros((BR, BC), tl.float32)
-        for r0 in range(0, ROWS, BR):
-            r = r0 + tl.arange(0, BR)
-            mask = (r < ROWS)[:, None] & (ch < C)[None, :]
-            y += tl.load(sums_ptr + r[:, None] * STRIDE + ch[None, :], mask=mask, other=0.0)
-        tl.store(y_ptr + ch, tl.sum(y, 0), mask=ch < C)
-    tl.debug_barrier()  # other threads of this program read what these wrote
+    image_sums(sums_ptr + b * ROWS * STRIDE, y_ptr, C, ROWS, STRIDE, BR, BC)
     d = C // heads
     i = tl.arange(0, D)
     for h0 in range(0, heads, HB):
         head = h0 + tl.arange(0, HB)
         ok = (head < heads)[:, None] & (i < d)[None, :]
-        q, k = _query_key(y_ptr, qk_ptr, head[:, None] * d + i[None, :], ok, C, K, inverse)
+        q, k = query_key(y_ptr, qk_ptr, head[:, None] * d + i[None, :], ok, C, K, inverse)
         tl.store(g_ptr + b * heads + head, tl.sigmoid(tl.sum(q * k, 1) * scale), mask=head < heads)
 
 
@@ -195,7 +202,7 @@ def gate_backward(
         head = h0 + tl.arange(0, HB)
         c = head[:, None] * d + i[None, :]
         ok = (head < heads)[:, None] & (i < d)[None, :]
-        q, k = _query_key(y_ptr, qk_ptr, c, ok, C, K, inverse)
+        q, k = query_key(y_ptr, qk_ptr, c, ok, C, K, inverse)
         g = tl.load(g_ptr + b * heads + head, mask=head < heads, other=0.0)
         dg = tl.zeros(c.shape, tl.float32)
         for r in range(ROWS):
@@ -204,6 +211,12 @@ def gate_backward(
         tl.store(buffer_ptr + c, ds[:, None] * k, mask=ok)
         tl.store(buffer_ptr + C + c, ds[:, None] * q, mask=ok)
     tl.debug_barrier()
+    query_key_backward(y_ptr, qk_ptr, buffer_ptr, dqk_ptr + b * 2 * K, e_ptr + b * C, C, K, inverse, BC)
+
+
+@triton.jit
+def query_key_backward(y_ptr, qk_ptr, buffer_ptr, dqk_ptr, e_ptr, C, K, inverse, BC: tl.constexpr):
+    """Of one image, dqk [2, K] and e [C] from the gradients of query and key, buffer [2, C]."""
     for j in range(K):
         dq = tl.zeros((BC,), tl.float32)
         dk = tl.zeros((BC,), tl.float32)
@@ -213,8 +226,8 @@ def gate_backward(
             y = tl.load(y_ptr + at, mask=(c < C) & (at >= 0) & (at < C), other=0.0) * inverse
             dq += y * tl.load(buffer_ptr + c, mask=c < C, other=0.0)
             dk += y * tl.load(buffer_ptr + C + c, mask=c < C, other=0.0)
-        tl.store(dqk_ptr + b * 2 * K + j, tl.sum(dq, 0))
-        tl.store(dqk_ptr + b * 2 * K + K + j, tl.sum(dk, 0))
+        tl.store(dqk_ptr + j, tl.sum(dq, 0))
+        tl.store(dqk_ptr + K + j, tl.sum(dk, 0))
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         e = tl.zeros((BC,), tl.float32)
@@ -223,7 +236,7 @@ def gate_backward(
             ok = (c < C) & (at >= 0) & (at < C)
             e += tl.load(qk_ptr + j).to(tl.float32) * tl.load(buffer_ptr + at, mask=ok, other=0.0)
             e += tl.load(qk_ptr + K + j).to(tl.float32) * tl.load(buffer_ptr + C + at, mask=ok, other=0.0)
-        tl.store(e_ptr + b * C + c, e * inverse, mask=c < C)
+        tl.store(e_ptr + c, e * inverse, mask=c < C)
 
 
 @kernel

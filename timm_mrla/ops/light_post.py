@@ -12,7 +12,6 @@ import triton.language as tl
 
 from timm_mrla.ops.common import (
     compute_gate,
-    compute_gate_backward,
     is_inside,
     kernel,
     load_channels,
@@ -22,9 +21,6 @@ from timm_mrla.ops.common import (
     split,
     stencil,
     store_map,
-    store_taps,
-    total,
-    transposed_stencil,
 )
 
 # rows and columns of a tile, channels, warps; the best of those tried on an H100 in bfloat16, at 56 x 56 to 7 x 7
@@ -91,19 +87,19 @@ def _sums(x_ptr, o_ptr, w_ptr, rows_ptr, H, W, C, ROWS, TILES, TH: tl.constexpr,
 
 
 @triton.jit
-def _entries(ptr, r, ch, K: tl.constexpr, C):
+def entries(ptr, r, ch, K: tl.constexpr, C):
     """Where the entries of rows r are in [R, K, C], [BR, BC]."""
     return ptr + r[:, None].to(tl.int64) * K * C + ch[None, :]
 
 
 @triton.jit
-def _entry(at, i: tl.constexpr, ok, C):
+def entry(at, i: tl.constexpr, ok, C):
     """Entry i of rows, [BR, BC]."""
     return tl.load(at + i * C, mask=ok, other=0.0)
 
 
 @triton.jit
-def _load_gates(g_ptr, r, mask, ch, C, ROWS, heads):
+def load_gates(g_ptr, r, mask, ch, C, ROWS, heads):
     """The gates [BR, BC] of rows r."""
     return tl.load(g_ptr + (r // ROWS)[:, None] * heads + (ch // (C // heads))[None, :], mask=mask, other=0.0)
 
@@ -138,23 +134,23 @@ def _statistics(
         for r0 in range(0, R, BR):
             r = r0 + tl.arange(0, BR)
             ok = (r < R)[:, None] & mask[None, :]
-            at = _entries(rows_ptr, r, ch, 7, C)
-            g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
-            count = _entry(at, COUNT, ok, C)
+            at = entries(rows_ptr, r, ch, 7, C)
+            g = load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+            count = entry(at, COUNT, ok, C)
             n += count
-            s += count * (g * _entry(at, MEAN_V, ok, C) + lam * _entry(at, MEAN_O, ok, C))
+            s += count * (g * entry(at, MEAN_V, ok, C) + lam * entry(at, MEAN_O, ok, C))
         total_n = tl.maximum(tl.sum(n, 0), 1.0)
         mean = tl.sum(s, 0) / total_n
         s = tl.zeros((BR, BC), tl.float32)
         for r0 in range(0, R, BR):
             r = r0 + tl.arange(0, BR)
             ok = (r < R)[:, None] & mask[None, :]
-            at = _entries(rows_ptr, r, ch, 7, C)
-            g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
-            away = g * _entry(at, MEAN_V, ok, C) + lam * _entry(at, MEAN_O, ok, C) - mean[None, :]
-            s += _entry(at, COUNT, ok, C) * away * away
-            s += g * g * _entry(at, VV, ok, C) + 2 * g * lam * _entry(at, VO, ok, C)
-            s += lam * lam * _entry(at, OO, ok, C)
+            at = entries(rows_ptr, r, ch, 7, C)
+            g = load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+            away = g * entry(at, MEAN_V, ok, C) + lam * entry(at, MEAN_O, ok, C) - mean[None, :]
+            s += entry(at, COUNT, ok, C) * away * away
+            s += g * g * entry(at, VV, ok, C) + 2 * g * lam * entry(at, VO, ok, C)
+            s += lam * lam * entry(at, OO, ok, C)
         squares = tl.sum(s, 0)
         var = squares / total_n
         tl.store(channels_ptr + VAR * C + ch, squares / tl.maximum(total_n - 1.0, 1.0), mask=mask)
@@ -211,207 +207,6 @@ def _apply(
 
 
 @kernel
-def _gradient_sums(
-    x_ptr,
-    o_ptr,
-    d_ptr,
-    w_ptr,
-    rows_ptr,
-    back_ptr,
-    H,
-    W,
-    C,
-    ROWS,
-    TILES,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Reads x, o and d once -> back [B * ROWS, 3, C]: sums of d, of d * (v - mean_v) and d * (o - mean_o)."""
-    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
-    base = (row // ROWS).to(tl.int64) * H * W * C
-    rows_ptr += row.to(tl.int64) * 7 * C
-    mean_v = load_channels(rows_ptr + MEAN_V * C, ch, C)
-    mean_o = load_channels(rows_ptr + MEAN_O * C, ch, C)
-    first = (row % ROWS) * TILES
-    s = tl.zeros((TH * TW, BC), tl.float32)
-    sv = s
-    so = s
-    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
-        h, w = positions(tile, W, TH, TW)
-        d = load_map(d_ptr + base, h, w, ch, H, W, C)
-        s += d
-        sv += d * (stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C) - mean_v)
-        so += d * (load_map(o_ptr + base, h, w, ch, H, W, C) - mean_o)
-    back_ptr += row.to(tl.int64) * 3 * C + ch
-    tl.store(back_ptr, tl.sum(s, 0), mask=ch < C)
-    tl.store(back_ptr + C, tl.sum(sv, 0), mask=ch < C)
-    tl.store(back_ptr + 2 * C, tl.sum(so, 0), mask=ch < C)
-
-
-@kernel
-def _gradient_statistics(
-    rows_ptr,
-    back_ptr,
-    g_ptr,
-    lam_ptr,
-    channels_ptr,
-    s_ptr,
-    linear_ptr,
-    vectors_ptr,
-    dg_ptr,
-    R,
-    C,
-    ROWS,
-    heads,
-    TRAIN: tl.constexpr,
-    DROP: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Gradients of gamma, beta, lam: vectors [3, C], and of the gates by rows and channels: dg [R, C].
-
-    linear [3, C]: dm = s * a * d + linear0 * g * v + linear1 * o + linear2.
-    """
-    ch = tl.program_id(0) * BC + tl.arange(0, BC)
-    mask = ch < C
-    lam = load_channels(lam_ptr, ch, C)
-    a = load_channels(channels_ptr + A * C, ch, C)
-    mean = load_channels(channels_ptr + MEAN * C, ch, C)
-    rstd = load_channels(channels_ptr + RSTD * C, ch, C)
-    n = tl.zeros((BR, BC), tl.float32)
-    sd = n
-    sm = n
-    for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR)
-        ok = (r < R)[:, None] & mask[None, :]
-        at, back = _entries(rows_ptr, r, ch, 7, C), _entries(back_ptr, r, ch, 3, C)
-        g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
-        away = g * _entry(at, MEAN_V, ok, C) + lam * _entry(at, MEAN_O, ok, C) - mean
-        d = _entry(back, 0, ok, C)
-        dm = g * _entry(back, 1, ok, C) + lam * _entry(back, 2, ok, C) + away * d
-        if DROP:
-            s = tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
-            d *= s
-            dm *= s
-        n += _entry(at, COUNT, ok, C)
-        sd += d
-        sm += dm
-    dbeta = tl.sum(sd, 0)[None, :]
-    dgamma = tl.sum(sm, 0)[None, :] * rstd
-    c1 = dbeta * 0.0  # with running statistics the norm is linear
-    c2 = c1
-    if TRAIN:
-        total_n = tl.maximum(tl.sum(n, 0), 1.0)[None, :]
-        c1 = a * dbeta / total_n
-        c2 = a * dgamma * rstd / total_n
-    sl = tl.zeros((BR, BC), tl.float32)
-    for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR)
-        ok = (r < R)[:, None] & mask[None, :]
-        at, back = _entries(rows_ptr, r, ch, 7, C), _entries(back_ptr, r, ch, 3, C)
-        g = _load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
-        mean_v = _entry(at, MEAN_V, ok, C)
-        mean_o = _entry(at, MEAN_O, ok, C)
-        vo = _entry(at, VO, ok, C)
-        k = a
-        if DROP:
-            k = a * tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
-        # the sum of dm over the row, of which the means of v and o are multiples
-        away = g * mean_v + lam * mean_o - mean
-        dm = k * _entry(back, 0, ok, C) - _entry(at, COUNT, ok, C) * (c2 * away + c1)
-        dg = k * _entry(back, 1, ok, C) + dm * mean_v
-        dg -= c2 * (g * _entry(at, VV, ok, C) + lam * vo)
-        tl.store(dg_ptr + r[:, None].to(tl.int64) * C + ch[None, :], dg, mask=ok)
-        dlam = k * _entry(back, 2, ok, C) + dm * mean_o
-        sl += tl.where(ok, dlam - c2 * (g * vo + lam * _entry(at, OO, ok, C)), 0.0)
-    tl.store(vectors_ptr + ch, tl.sum(dgamma, 0), mask=mask)
-    tl.store(vectors_ptr + C + ch, tl.sum(dbeta, 0), mask=mask)
-    tl.store(vectors_ptr + 2 * C + ch, tl.sum(sl, 0), mask=mask)
-    tl.store(linear_ptr + ch, tl.sum(-c2, 0), mask=mask)
-    tl.store(linear_ptr + C + ch, tl.sum(-c2 * lam, 0), mask=mask)
-    tl.store(linear_ptr + 2 * C + ch, tl.sum(c2 * mean - c1, 0), mask=mask)
-
-
-@kernel
-def _gradient_m(
-    x_ptr,
-    o_ptr,
-    d_ptr,
-    w_ptr,
-    g_ptr,
-    a_ptr,
-    linear_ptr,
-    s_ptr,
-    dm_ptr,
-    H,
-    W,
-    C,
-    heads,
-    DROP: tl.constexpr,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Reads x, o and d once, writes dm, the gradient of m."""
-    tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
-    b, ch = tl.program_id(0) // tiles, tl.program_id(1) * BC + tl.arange(0, BC)
-    h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
-    base = b.to(tl.int64) * H * W * C
-    k = load_channels(a_ptr, ch, C)
-    if DROP:
-        k *= tl.load(s_ptr + b)
-    dm = load_channels(linear_ptr, ch, C) * load_gate(g_ptr, b, ch, C, heads)
-    dm *= stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C)
-    dm += k * load_map(d_ptr + base, h, w, ch, H, W, C)
-    dm += load_channels(linear_ptr + C, ch, C) * load_map(o_ptr + base, h, w, ch, H, W, C)
-    store_map(dm_ptr + base, dm + load_channels(linear_ptr + 2 * C, ch, C), h, w, ch, H, W, C)
-
-
-@kernel
-def _gradient_maps(
-    x_ptr,
-    d_ptr,
-    dm_ptr,
-    w_ptr,
-    g_ptr,
-    e_ptr,
-    lam_ptr,
-    dx_ptr,
-    do_ptr,
-    taps_ptr,
-    H,
-    W,
-    C,
-    ROWS,
-    TILES,
-    heads,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Reads x, d and dm once, writes dx = d + g * (transposed stencil of dm) + e and do = lam * dm.
-
-    taps [B * ROWS, 9, C]: the gradients of the weights of v.
-    """
-    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
-    b = row // ROWS
-    base = b.to(tl.int64) * H * W * C
-    g = load_gate(g_ptr, b, ch, C, heads)
-    e = load_channels(e_ptr + b * C, ch, C)
-    lam = load_channels(lam_ptr, ch, C)
-    first = (row % ROWS) * TILES
-    taps = (tl.zeros((TH * TW, BC), tl.float32),) * 9
-    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
-        h, w = positions(tile, W, TH, TW)
-        x = load_map(x_ptr + base, h, w, ch, H, W, C)
-        u, taps = transposed_stencil(dm_ptr + base, x, taps, w_ptr, h, w, ch, H, W, C)
-        store_map(do_ptr + base, lam * load_map(dm_ptr + base, h, w, ch, H, W, C), h, w, ch, H, W, C)
-        store_map(dx_ptr + base, load_map(d_ptr + base, h, w, ch, H, W, C) + g * u + e, h, w, ch, H, W, C)
-    store_taps(taps_ptr + row.to(tl.int64) * 9 * C, taps, g, ch, C)
-
-
-@kernel
 def _mean_sums(x_ptr, rows_ptr, P, C, ROWS, PER_ROW, BP: tl.constexpr, BC: tl.constexpr):
     """Reads x once -> rows [B * ROWS, 1, C]: sums over PER_ROW of the P positions."""
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -426,7 +221,7 @@ def _mean_sums(x_ptr, rows_ptr, P, C, ROWS, PER_ROW, BP: tl.constexpr, BC: tl.co
     tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
 
 
-def _rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
+def split_rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
     """Rows of each image, and tiles of a row."""
     B, C, H, W = x.shape
     return split(triton.cdiv(H, TH) * triton.cdiv(W, TW), B * triton.cdiv(C, BC))
@@ -434,10 +229,10 @@ def _rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
 
 def rows_of(x: torch.Tensor) -> int:
     """Rows of each image in what `forward` returns."""
-    return _rows(x, **SUMS)[0]
+    return split_rows(x, **SUMS)[0]
 
 
-def _grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
+def grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
     """Programs of a kernel that writes a tile each."""
     B, C, H, W = x.shape
     return B * triton.cdiv(H, TH) * triton.cdiv(W, TW), triton.cdiv(C, BC)
@@ -446,7 +241,7 @@ def _grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
 def _run_apply(x, o, w, g, a, lam, bias, s) -> torch.Tensor:
     _, C, H, W = x.shape
     out = torch.empty_like(x)
-    _apply[_grid(x, **APPLY)](
+    _apply[grid(x, **APPLY)](
         x, o, w, g, a, lam, bias, s, out, H, W, C, g.shape[1], FOLDED=a is None, DROP=s is not None, **APPLY
     )
     return out
@@ -471,7 +266,7 @@ def forward(
     With mean and var these are the statistics, without, those of the batch are.
     """
     B, C, H, W = x.shape
-    n, tiles = _rows(x, **SUMS)
+    n, tiles = split_rows(x, **SUMS)
     rows = x.new_empty(B, n, 7, C, dtype=torch.float32)
     _sums[(B * n, triton.cdiv(C, SUMS['BC']))](x, o, w, rows, H, W, C, n, tiles, **SUMS)
     y, g = compute_gate(rows[:, :, SUM_X.value], qk, heads, H * W)
@@ -483,51 +278,6 @@ def forward(
         **STATISTICS,
     )
     return _run_apply(x, o, w, g, channels[A.value], channels[LAM.value], channels[BIAS.value], s), rows, channels, y, g
-
-
-def backward(
-    d: torch.Tensor,
-    x: torch.Tensor,
-    o: torch.Tensor,
-    qk: torch.Tensor,
-    w: torch.Tensor,
-    lam: torch.Tensor,
-    s: torch.Tensor | None,
-    rows: torch.Tensor,
-    channels: torch.Tensor,
-    y: torch.Tensor,
-    g: torch.Tensor,
-    train: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, o, qk, w [C, 9], and of gamma, beta and lam in one tensor [3, C].
-
-    train says that the statistics were those of the batch.
-    """
-    B, C, H, W = x.shape
-    n, heads = rows.shape[1], g.shape[1]
-    _, tiles = _rows(x, **SUMS)
-    blocks = triton.cdiv(C, SUMS['BC'])
-    R = B * n
-    back, dg, linear = x.new_empty(4 * R + 3, C, dtype=torch.float32).split([3 * R, R, 3])
-    vectors = x.new_empty(3, C, dtype=torch.float32)
-    _gradient_sums[(R, blocks)](x, o, d, w, rows, back, H, W, C, n, tiles, **SUMS)
-    _gradient_statistics[(triton.cdiv(C, STATISTICS['BC']),)](
-        *(rows, back, g, lam, channels, s, linear, vectors, dg, R, C, n, heads),
-        TRAIN=train,
-        DROP=s is not None,
-        **STATISTICS,
-    )
-    dqk, e = compute_gate_backward(y, g, dg.view(B, n, C), qk, H * W)
-    dm, dx, do = torch.empty_like(x), torch.empty_like(x), torch.empty_like(o)
-    _gradient_m[_grid(x, **MAPS)](
-        x, o, d, w, g, channels[A.value], linear, s, dm, H, W, C, heads, DROP=s is not None, **MAPS
-    )
-    n, tiles = _rows(x, **MAPS)
-    taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
-    _gradient_maps[(B * n, triton.cdiv(C, MAPS['BC']))](
-        x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS
-    )
-    return dx, do, dqk, total(taps, w.dtype), vectors
 
 
 def folded(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 
-def _second_order(ctx, *grads) -> None:
+def second_order(ctx, *grads) -> None:
     raise RuntimeError(
         'the fused kernels of layer attention have no second derivative: call timm_mrla.set_fused(False) before the '
         'forward pass'
@@ -77,7 +77,7 @@ def _light_post_backward(
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, o, qk, w transposed, and of gamma, beta and lam in one tensor [3, C]."""
-    from timm_mrla.ops import light_post as kernels
+    from timm_mrla.ops import light_post_backward as kernels
 
     with torch.cuda.device_of(x):
         d = d.contiguous(memory_format=torch.channels_last)
@@ -104,7 +104,7 @@ def _differentiate_post(ctx, d, *_):
 
 
 light_post.register_autograd(_differentiate_post, setup_context=_save_post)
-_light_post_backward.register_autograd(_second_order)
+_light_post_backward.register_autograd(second_order)
 
 
 @custom_op('timm_mrla::light_folded', mutates_args=())
@@ -187,7 +187,7 @@ def _light_pre_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, o, qk and w transposed, and of nw, nb, ow, ob and lam in one tensor [5, C]."""
-    from timm_mrla.ops import light_pre as kernels
+    from timm_mrla.ops import light_pre_backward as kernels
 
     with torch.cuda.device_of(x):
         return kernels.backward(d.contiguous(), x, o, grid, qk, w, lam, nw, nb, ow, ob, s, stats, y, g, rms, dtype)
@@ -215,4 +215,4 @@ def _differentiate_pre(ctx, d, *_):
 
 
 light_pre.register_autograd(_differentiate_pre, setup_context=_save_pre)
-_light_pre_backward.register_autograd(_second_order)
+_light_pre_backward.register_autograd(second_order)

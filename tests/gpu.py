@@ -1,0 +1,83 @@
+"""What the tests of the fused kernels share: where the kernels run, random maps and layers, and how close is close.
+
+The interpreter is chosen before Triton is imported, so tests in it run in a process of their own.
+"""
+
+import copy
+import os
+
+import pytest
+import timm
+import torch
+
+import timm_mrla
+from timm_mrla.layers import layer_attentions
+
+INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cpu' if INTERPRETER or not torch.cuda.is_available() else 'cuda'
+GPU = DEVICE == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
+CHANNELS_LAST = {'memory_format': torch.channels_last}
+ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def kernels(test):
+    """Mark a test that runs kernels, on a GPU or in the interpreter."""
+    return pytest.mark.cuda(pytest.mark.skipif(not (GPU or INTERPRETER), reason='no GPU, no interpreter')(test))
+
+
+def on_gpu(test):
+    """Mark a test that needs a GPU."""
+    return pytest.mark.cuda(pytest.mark.skipif(not GPU, reason='no GPU')(test))
+
+
+def assert_close(name, expected, result, ratio):
+    """Relative to the norm of the expected tensor."""
+    expected, result = expected.double(), result.double()
+    assert expected.shape == result.shape, name
+    error = (expected - result).norm() / expected.norm().clamp_min(1e-6)
+    assert error < ratio, f'{name}: {error:.1e}'
+
+
+def maps(*shape, dtype=torch.float32, shift=0.0):
+    x = torch.randn(shape, device=DEVICE) + shift
+    return (x.contiguous(**CHANNELS_LAST) if len(shape) == 4 else x).to(dtype)
+
+
+def draw(layer, dtype):
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+        for name, buffer in layer.named_buffers():
+            if 'running' in name:
+                buffer.uniform_(0.5, 2)
+    return layer.to(DEVICE, dtype)
+
+
+def model_and_images(name, size, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **({'img_size': size} if 'vit' in name else {}), **kwargs)
+    return model.to(DEVICE, **CHANNELS_LAST), torch.randn(2, 3, *size, device=DEVICE).contiguous(**CHANNELS_LAST)
+
+
+def steps(model, x, count=3):
+    """Losses of some steps of training."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
+    for _ in range(count):
+        loss = model.train()(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def assert_trains_as_plain(model, x):
+    """Three steps of training are as close to those in float64 as those of the plain layers."""
+    reasons = timm_mrla.why_not_fused(model, x)
+    assert [*reasons] == [*layer_attentions(model)] and set(reasons.values()) == {''}
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    losses = steps(model, x)
+    timm_mrla.set_fused(False)
+    plain_losses, expected = steps(plain, x).double(), steps(exact, x.double())
+    timm_mrla.set_fused(True)
+    assert_close('losses', expected, losses, max(1e-5, 5 * ((plain_losses - expected).norm() / expected.norm()).item()))

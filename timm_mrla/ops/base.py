@@ -1,0 +1,348 @@
+"""MRLA-base: `x + s * relu(batch_norm(m))` in the form `post`, `x + s * m` in the form `pre`, kernels and launchers.
+
+m = sum_t a_t * v_t over the T blocks of the stage up to this one. The values v_t are kept, since later blocks read
+them; m is not. README.md in this folder derives the formulas. Shapes: x, d (the gradient of the output) [B, N, C] with
+N = P + L, prefix tokens first, L = H * W; values v and m [B, L, C]; keys [B, C]; w, the weights of v, [9, C]; a
+[B, heads, T]; per-channel vectors [C]; s, the drop path of each image, [B]; table [2, STRIDE],
+where the tensors of the memory are (base_memory.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from timm_mrla.ops.base_memory import address, addresses, block, grid_of, load, retrieve
+from timm_mrla.ops.common import (
+    head_blocks,
+    image_sums,
+    kernel,
+    load_channels,
+    load_map,
+    positions,
+    query_key,
+    split,
+    stencil,
+    store_map,
+)
+from timm_mrla.ops.light_pre import load_vector, normed_stencil, norms, whole
+
+# rows and columns of a tile or positions of a block, channels, warps; as those of MRLA-light
+VALUE = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
+BLOCK = {'BP': 32, 'BC': 64, 'num_warps': 4}
+SUMS = {'BP': 64, 'BC': 64, 'num_warps': 8}
+STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
+
+# what is known of a channel: the norm of m is A * m + BIAS
+A, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(5))
+
+
+@kernel
+def _value(
+    x_ptr,
+    w_ptr,
+    nw_ptr,
+    nb_ptr,
+    stats_ptr,
+    v_ptr,
+    rows_ptr,
+    H,
+    W,
+    P,
+    C,
+    ROWS,
+    TILES,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x once, writes v, the stencil of x or, with stats, of x after its norm.
+
+    rows [B * ROWS, C]: sums of x, if it is not normed.
+    """
+    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    b = (row // ROWS).to(tl.int64)
+    N = P + H * W
+    x_ptr += (b * N + P) * C
+    v_ptr += b * H * W * C
+    first = (row % ROWS) * TILES
+    s = tl.zeros((TH * TW, BC), tl.float32)
+    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
+        h, w = positions(tile, W, TH, TW)
+        if stats_ptr is None:
+            v = stencil(x_ptr, w_ptr, h, w, ch, H, W, C)
+            s += load_map(x_ptr, h, w, ch, H, W, C)
+        else:
+            weight, bias = load_channels(nw_ptr, ch, C), load_vector(nb_ptr, ch, C, 0.0)
+            v = normed_stencil(x_ptr, stats_ptr + b * 4 * N + P, w_ptr, weight, bias, h, w, ch, H, W, C, N)
+        store_map(v_ptr, v, h, w, ch, H, W, C)
+    if stats_ptr is None:
+        tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
+
+
+@kernel
+def _attend(
+    rows_ptr,
+    y_ptr,
+    qk_ptr,
+    table_ptr,
+    k_ptr,
+    scores_ptr,
+    a_ptr,
+    C,
+    ROWS,
+    K,
+    T,
+    STRIDE,
+    heads,
+    inverse,
+    scale,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    HB: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Of one image, sums y [C] of rows [ROWS, C], the key k [C], and a [heads, T] = softmax over t of <q, k_t> * scale.
+
+    inverse is 1 / L, scores [heads, T] a buffer.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    y_ptr += b * C
+    image_sums(rows_ptr + b * ROWS * C, y_ptr, C, ROWS, C, BR, BC)
+    d = C // heads
+    i = tl.arange(0, D)
+    for h0 in range(0, heads, HB):
+        head = h0 + tl.arange(0, HB)
+        at = (b * heads + head) * T
+        c = head[:, None] * d + i[None, :]
+        ok = (head < heads)[:, None] & (i < d)[None, :]
+        q, k = query_key(y_ptr, qk_ptr, c, ok, C, K, inverse)
+        tl.store(k_ptr + b * C + c, k, mask=ok)
+        q *= scale
+        top = tl.sum(q * k, 1)
+        tl.store(scores_ptr + at + T - 1, top, mask=head < heads)
+        for t in range(T - 1):
+            score = tl.sum(q * load(address(table_ptr + STRIDE, t, k_ptr) + b * C, c, ok), 1)
+            tl.store(scores_ptr + at + t, score, mask=head < heads)
+            top = tl.maximum(top, score)
+        tl.debug_barrier()  # other threads of this program read what these wrote
+        norm = tl.zeros((HB,), tl.float32)
+        for t in range(T):
+            norm += tl.exp(tl.load(scores_ptr + at + t, mask=head < heads, other=0.0) - top)
+        for t in range(T):
+            score = tl.load(scores_ptr + at + t, mask=head < heads, other=0.0)
+            tl.store(a_ptr + at + t, tl.exp(score - top) / norm, mask=head < heads)
+
+
+@kernel
+def _retrieved(table_ptr, a_ptr, m_ptr, rows_ptr, L, C, ROWS, PER_ROW, T, heads, BP: tl.constexpr, BC: tl.constexpr):
+    """Reads all values once, writes m -> rows [B * ROWS, 2, C]: its means, sums of squared distances from them."""
+    row = tl.program_id(0)
+    blocks = tl.cdiv(L, BP)
+    first = (row % ROWS) * PER_ROW
+    ch = tl.program_id(1) * BC + tl.arange(0, BC)
+    n = 0.0
+    mean = tl.zeros((1, BC), tl.float32)
+    squares = mean
+    for i in range(first, min(first + PER_ROW, blocks)):
+        b, at, mask, _ = block((row // ROWS) * blocks + i, blocks, L, C, BP, BC)
+        m = retrieve(table_ptr, a_ptr, m_ptr, b, at, mask, ch, L, C, T, heads)
+        tl.store(m_ptr + b * L * C + at, m.to(m_ptr.dtype.element_ty), mask=mask)
+        count = tl.minimum(L - i * BP, BP).to(tl.float32)
+        new = tl.sum(m, 0)[None, :] / count
+        away = tl.where(mask, m - new, 0.0)
+        squares += tl.sum(away * away, 0)[None, :] + (new - mean) * (new - mean) * (n * count / (n + count))
+        mean += (new - mean) * (count / (n + count))
+        n += count
+    at = rows_ptr + row.to(tl.int64) * 2 * C + ch
+    tl.store(at, tl.sum(mean, 0), mask=ch < C)
+    tl.store(at + C, tl.sum(squares, 0), mask=ch < C)
+
+
+@kernel
+def _statistics(
+    rows_ptr,
+    gamma_ptr,
+    beta_ptr,
+    mean_ptr,
+    var_ptr,
+    channels_ptr,
+    R,
+    L,
+    C,
+    ROWS,
+    PER_ROW,
+    eps,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Mean and variance of m, of the batch from rows [R, 2, C] of PER_ROW positions or running -> channels [5, C]."""
+    ch = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = ch < C
+    if mean_ptr is None:
+        n = (R // ROWS).to(tl.float32) * L
+        s = tl.zeros((BR, BC), tl.float32)
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            count = tl.minimum(PER_ROW, L - (r % ROWS) * PER_ROW).to(tl.float32)[:, None]
+            at = r[:, None].to(tl.int64) * 2 * C + ch[None, :]
+            s += count * load(rows_ptr, at, (r < R)[:, None] & mask[None, :])
+        mean = tl.sum(s, 0) / n
+        s = tl.zeros((BR, BC), tl.float32)
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            ok = (r < R)[:, None] & mask[None, :]
+            count = tl.minimum(PER_ROW, L - (r % ROWS) * PER_ROW).to(tl.float32)[:, None]
+            at = r[:, None].to(tl.int64) * 2 * C + ch[None, :]
+            away = tl.where(ok, load(rows_ptr, at, ok) - mean[None, :], 0.0)
+            s += count * away * away + load(rows_ptr + C, at, ok)
+        squares = tl.sum(s, 0)
+        var = squares / n
+        tl.store(channels_ptr + VAR * C + ch, squares / tl.maximum(n - 1.0, 1.0), mask=mask)
+    else:
+        mean = load(mean_ptr, ch, mask)
+        var = tl.load(var_ptr + ch, mask=mask, other=1.0).to(tl.float32)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    a = rstd
+    bias = -mean * rstd
+    if gamma_ptr is not None:
+        a = rstd * load(gamma_ptr, ch, mask)
+        bias = load(beta_ptr, ch, mask) - mean * a
+    tl.store(channels_ptr + A * C + ch, a, mask=mask)
+    tl.store(channels_ptr + BIAS * C + ch, bias, mask=mask)
+    tl.store(channels_ptr + MEAN * C + ch, mean, mask=mask)
+    tl.store(channels_ptr + RSTD * C + ch, rstd, mask=mask)
+
+
+@kernel
+def _apply(
+    x_ptr,
+    table_ptr,
+    a_ptr,
+    v_ptr,
+    m_ptr,
+    scale_ptr,
+    bias_ptr,
+    s_ptr,
+    out_ptr,
+    P,
+    L,
+    C,
+    T,
+    heads,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x, and m or all values, writes x + s * relu(scale * m + bias), or without scale x + s * m."""
+    b, at, mask, ch = block(tl.program_id(0), tl.cdiv(L, BP), L, C, BP, BC)
+    if m_ptr is None:
+        m = retrieve(table_ptr, a_ptr, v_ptr, b, at, mask, ch, L, C, T, heads)
+    else:
+        m = load(m_ptr + b * L * C, at, mask)
+    if scale_ptr is not None:
+        m = load_channels(scale_ptr, ch, C) * m + load_channels(bias_ptr, ch, C)
+        m = tl.where(m < 0, 0.0, m)
+    if s_ptr is not None:
+        m *= tl.load(s_ptr + b)
+    base = (b * (P + L) + P) * C
+    tl.store(out_ptr + base + at, (load(x_ptr + base, at, mask) + m).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _attention(
+    x: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    grid: list[int],
+    qk: torch.Tensor,
+    w: torch.Tensor,
+    heads: int,
+    dtype: torch.dtype,
+    rows: torch.Tensor | None = None,
+    normed: tuple[torch.Tensor | None, ...] = (None, None, None),
+) -> tuple[torch.Tensor, ...]:
+    """The value v in a dtype, the key k, sums y of the map, weights a, and the table of addresses.
+
+    In the form `pre`, rows [B, n, C] are the sums of the normed map, and normed are weight, bias and statistics.
+    """
+    (B, N, C), (H, W) = x.shape, grid
+    n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))
+    v = torch.empty(B, C, H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    rows = x.new_empty(B, n, C, dtype=torch.float32) if rows is None else rows
+    _value[(B * n, triton.cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
+    k, y = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
+    T = len(values) + 1
+    table = addresses([*keys, k], [*values, v])
+    scores, a = (x.new_empty(B, heads, T, dtype=torch.float32) for _ in range(2))
+    _attend[(B,)](
+        *(rows, y, qk, table, k, scores, a, C, rows.shape[1], qk.shape[1], T, T, heads),
+        *(1 / (H * W), (C // heads) ** -0.5),
+        BR=min(triton.next_power_of_2(rows.shape[1]), 16),
+        **head_blocks(C, heads),
+    )
+    return v, k, y, a, table
+
+
+def _run_apply(x, table, a, v, m, scale, bias, s, out) -> None:
+    (B, N, C), (_, heads, T), L = x.shape, a.shape, v.shape[2] * v.shape[3]
+    _apply[grid_of(B, L, C, **BLOCK)](x, table, a, v, m, scale, bias, s, out, N - L, L, C, T, heads, **BLOCK)
+
+
+def forward(
+    x: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    grid: list[int],
+    qk: torch.Tensor,
+    w: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    s: torch.Tensor | None,
+    heads: int,
+    eps: float,
+    post: bool,
+    rms: bool,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[torch.Tensor, ...]:
+    """The output and v in their dtypes, k, and what backward needs: y, a, and stats or channels of the norm."""
+    (B, N, C), L = x.shape, grid[0] * grid[1]
+    out = torch.empty_like(x, dtype=dtypes[0])
+    if not post:
+        n, per_row, blocks = whole(x, 2048)
+        stats, rows = x.new_empty(B, 2, 2, N, dtype=torch.float32), x.new_empty(B, n, C, dtype=torch.float32)
+        norms[(B * n, 1)](x, x, weight, bias, s, stats, rows, out, N - L, N, C, n, per_row, eps, RMS=rms, **blocks)
+        v, k, y, a, table = _attention(x, keys, values, grid, qk, w, heads, dtypes[1], rows, (weight, bias, stats))
+        _run_apply(x, table, a, v, None, None, None, s, out)
+        return out, k, v, y, a, stats
+
+    v, k, y, a, table = _attention(x, keys, values, grid, qk, w, heads, dtypes[1])
+    channels, m, rows, n, per_row = x.new_empty(5, C, dtype=torch.float32), None, None, 1, 1
+    programs = triton.cdiv(C, BLOCK['BC'])
+    if mean is None:
+        m = torch.empty_like(v)
+        n, per_row = split(triton.cdiv(L, BLOCK['BP']), B * programs)
+        rows = x.new_empty(B * n, 2, C, dtype=torch.float32)
+        _retrieved[(B * n, programs)](table, a, m, rows, L, C, n, per_row, a.shape[2], heads, **BLOCK)
+    _statistics[(triton.cdiv(C, STATISTICS['BC']),)](
+        rows, weight, bias, mean, var, channels, B * n, L, C, n, per_row * BLOCK['BP'], eps, **STATISTICS
+    )
+    _run_apply(x, table, a, v, m, channels[A.value], channels[BIAS.value], s, out)
+    return out, k, v, y, a, channels
+
+
+def folded(
+    x: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    grid: list[int],
+    qk: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    heads: int,
+) -> tuple[torch.Tensor, ...]:
+    """The output of the form `post` with the norm as scale and bias, for inference, and the block's key and value."""
+    out = torch.empty_like(x)
+    v, k, _, a, table = _attention(x, keys, values, grid, qk, w, heads, x.dtype)
+    _run_apply(x, table, a, v, None, scale, bias, None, out)
+    return out, k, v

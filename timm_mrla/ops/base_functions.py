@@ -1,0 +1,167 @@
+"""The kernels of MRLA-base as ops of torch that autograd, fake tensors and torch.compile know.
+
+They are functional. The kernels, and with them Triton, are imported when an op first runs.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from timm_mrla.ops.light_functions import second_order
+
+
+def _aligned(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors at addresses that are multiples of 16 bytes, as the kernels take those of the memory to be."""
+    return [t.clone() if t.data_ptr() % 16 else t for t in tensors]
+
+
+@custom_op('timm_mrla::base', mutates_args=())
+def base(
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    grid: list[int],
+    qk: Tensor,
+    w: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    s: Tensor | None,
+    heads: int,
+    eps: float,
+    post: bool,
+    rms: bool,
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """MRLA-base, `x + s * relu(batch_norm(m))` if post, else `x + s * m`, `m = sum_t a_t * v_t`.
+
+    Args:
+        x: Maps or tokens [B, P + H * W, C].
+        keys, values: Keys [B, C] in float32 and values [B, C, H, W] in channels_last of the blocks before.
+        grid: H and W.
+        qk: Weights [2, K] of query and key.
+        w: Weights [9, C] of the value.
+        weight, bias: Affine part [C] of the norm, of m if post, else of x; may be missing.
+        mean, var: Running statistics [C] of the norm of m; without them, those of the batch are used.
+        s: Scales [B] of stochastic depth, if any.
+        heads, eps, rms: Number of heads; epsilon of the norm; whether that of x is an RMS norm.
+        dtype, value_dtype: Of the output and of the value.
+
+    Returns:
+        The output, the key and the value of this block, and three tensors that backward needs. Of these, the last is,
+        if post, [5, C], where 2 is the mean and 4 the unbiased variance of the batch.
+    """
+    from timm_mrla.ops import base as kernels
+
+    keys, values = _aligned(keys), _aligned(values)
+    with torch.cuda.device_of(x):
+        dtypes = (dtype, value_dtype)
+        return kernels.forward(x, keys, values, grid, qk, w, weight, bias, mean, var, s, heads, eps, post, rms, dtypes)
+
+
+def _empty_value(x: Tensor, grid: list[int], dtype: torch.dtype) -> Tensor:
+    shape = (x.shape[0], x.shape[2], *grid)
+    return x.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@base.register_fake
+def _(x, keys, values, grid, qk, w, weight, bias, mean, var, s, heads, eps, post, rms, dtype, value_dtype):
+    B, N, C = x.shape
+    k, y, a = (x.new_empty(*shape, dtype=torch.float32) for shape in ((B, C), (B, C), (B, heads, len(values) + 1)))
+    statistics = x.new_empty(*((5, C) if post else (B, 2, 2, N)), dtype=torch.float32)
+    return torch.empty_like(x, dtype=dtype), k, _empty_value(x, grid, value_dtype), y, a, statistics
+
+
+@custom_op('timm_mrla::base_backward', mutates_args=())
+def _base_backward(
+    d: Tensor,
+    dk: Tensor | None,
+    later: Tensor | None,
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    grid: list[int],
+    qk: Tensor,
+    w: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    s: Tensor | None,
+    y: Tensor,
+    a: Tensor,
+    statistics: Tensor,
+    post: bool,
+    train: bool,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of the keys and values before, of qk, of w transposed, and of weight and bias in one [C, 2]."""
+    from timm_mrla.ops import base_backward as kernels
+
+    keys, values = _aligned(keys), _aligned(values)
+    with torch.cuda.device_of(x):
+        later = None if later is None else later.contiguous(memory_format=torch.channels_last)
+        return kernels.backward(
+            *(d.contiguous(), dk, later, x, keys, values, grid, qk, w, weight, bias, s, y, a, statistics),
+            *(post, train, rms),
+        )
+
+
+@_base_backward.register_fake
+def _(d, dk, later, x, keys, values, grid, qk, w, weight, bias, s, y, a, statistics, post, train, rms):
+    (B, _, C), T = x.shape, len(values)
+    dkeys, dvalues = keys[-1].new_empty(T - 1, B, C), values[-1].new_empty(T - 1, B, *grid, C)
+    vectors = x.new_empty(C, 2, dtype=torch.float32)
+    return torch.empty_like(x), dkeys, dvalues, torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
+
+
+def _save(ctx, inputs, output) -> None:
+    x, keys, values, ctx.grid, qk, w, weight, bias, mean, _, s, _, _, ctx.post, ctx.rms, _, _ = inputs
+    _, k, v, *rest = output
+    ctx.before, ctx.train = len(values), ctx.post and mean is None
+    ctx.save_for_backward(x, qk, w, weight, bias, s, *rest, *keys, k, *values, v)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d, dk, dv, *_):
+    x, qk, w, weight, bias, s, y, a, statistics, *memory = ctx.saved_tensors
+    T = ctx.before + 1
+    keys, values = memory[:T], memory[T:]
+    d = torch.zeros_like(x) if d is None else d
+    dx, dkeys, dvalues, dqk, dw, vectors = _base_backward(
+        *(d, dk, dv, x, keys, values, ctx.grid, qk, w, weight, bias, s, y, a, statistics),
+        *(ctx.post, ctx.train, ctx.rms),
+    )
+    dnorm = [None if p is None else vectors[:, i].to(p.dtype) for i, p in enumerate((weight, bias))]
+    before = [*dkeys.unbind()], [*dvalues.permute(0, 1, 4, 2, 3).unbind()]
+    return dx, *before, None, dqk, dw.t(), *dnorm, None, None, None, None, None, None, None, None, None
+
+
+base.register_autograd(_differentiate, setup_context=_save)
+_base_backward.register_autograd(second_order)
+
+
+@custom_op('timm_mrla::base_folded', mutates_args=())
+def base_folded(
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    grid: list[int],
+    qk: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MRLA-base of the form `post` with the norm as scale and bias [C], for inference: output, key and value."""
+    from timm_mrla.ops import base as kernels
+
+    keys, values = _aligned(keys), _aligned(values)
+    with torch.cuda.device_of(x):
+        return kernels.folded(x, keys, values, grid, qk, w, scale, bias, heads)
+
+
+@base_folded.register_fake
+def _(x, keys, values, grid, qk, w, scale, bias, heads):
+    k = x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)
+    return torch.empty_like(x), k, _empty_value(x, grid, x.dtype)

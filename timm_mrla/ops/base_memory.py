@@ -1,0 +1,76 @@
+"""How kernels read the memory of MRLA-base: keys and values of a number of blocks that differs from launch to launch.
+
+They are tensors of their own. A kernel gets a table [2, STRIDE] of their addresses, first those of values, then those
+of keys, and loops over it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from timm_mrla.ops.common import kernel
+
+ADDRESSES = 8  # that a launch of store_addresses writes
+
+
+@kernel
+def _store_addresses(
+    table_ptr, STRIDE, v0, v1, v2, v3, v4, v5, v6, v7, k0, k1, k2, k3, k4, k5, k6, k7, N: tl.constexpr
+):
+    """Writes the addresses of N values and N keys to their places in the table."""
+    values = (v0, v1, v2, v3, v4, v5, v6, v7)
+    keys = (k0, k1, k2, k3, k4, k5, k6, k7)
+    for i in tl.static_range(N):
+        tl.store(table_ptr + i, values[i].to(tl.int64))
+        tl.store(table_ptr + STRIDE + i, keys[i].to(tl.int64))
+
+
+@triton.jit
+def address(table_ptr, t, like):
+    """The pointer at a place of the table, of the type of another."""
+    return tl.multiple_of(tl.load(table_ptr + t).to(like.dtype), 16)
+
+
+@triton.jit
+def block(row, ROWS, L, C, BP: tl.constexpr, BC: tl.constexpr):
+    """Image, offsets [BP, BC] in it and their mask, and channels of a program for one block of positions."""
+    ch = tl.program_id(1) * BC + tl.arange(0, BC)
+    p = (row % ROWS) * BP + tl.arange(0, BP)
+    return (row // ROWS).to(tl.int64), p[:, None] * C + ch[None, :], (p < L)[:, None] & (ch < C)[None, :], ch
+
+
+@triton.jit
+def load(ptr, at, mask):
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_weight(a_ptr, b, t, ch, C, T, heads):
+    """The weights of block t in one image, [1, BC]."""
+    return tl.load(a_ptr + (b * heads + ch // (C // heads)) * T + t, mask=ch < C, other=0.0)[None, :]
+
+
+@triton.jit
+def retrieve(table_ptr, a_ptr, like, b, at, mask, ch, L, C, T, heads):
+    """m [BP, BC] from the values of all blocks."""
+    m = tl.zeros(at.shape, tl.float32)
+    for t in range(T):
+        v = load(address(table_ptr, t, like) + b * L * C, at, mask)
+        m += load_weight(a_ptr, b, t, ch, C, T, heads) * v
+    return m
+
+
+def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
+    """The table of where values and keys are."""
+    T = len(values)
+    table = torch.empty(2, T, dtype=torch.int64, device=values[0].device)
+    for i in range(0, T, ADDRESSES):
+        some = [tensors[i : i + ADDRESSES] for tensors in (values, keys)]
+        pointers = [p for tensors in some for p in tensors + tensors[:1] * (ADDRESSES - len(tensors))]
+        _store_addresses[(1,)](table[:, i:], T, *pointers, N=len(some[0]))
+    return table
+
+
+def grid_of(B: int, L: int, C: int, BP: int, BC: int, **_) -> tuple[int, int]:
+    """Programs of a kernel for one block of positions each."""
+    return B * triton.cdiv(L, BP), triton.cdiv(C, BC)

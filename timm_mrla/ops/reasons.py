@@ -1,0 +1,259 @@
+"""Says whether layer attention may run in the fused kernels, and why not.
+
+A layer calls its children one by one, so hooks, adapters, pruning, sharding and quantizers see them. The kernels pass
+the children by. So they run only where nobody could tell, and the plain layer runs everywhere else.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from timm.layers import BatchNormAct2d, DropPath, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
+from torch import nn
+
+from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
+from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.layers.weights import BaseWeights, LightWeights
+from timm_mrla.ops.base_functions import base, base_folded
+from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
+
+# tuples: dynamo of torch 2.9 cannot trace A | B
+LIGHT, _TRAINED = (MrlaLight, InferenceLight), (MrlaLight, MrlaBase)
+
+_logger = logging.getLogger(__name__)
+
+_enabled = os.environ.get('TIMM_MRLA_FUSED', '1') != '0'
+_has_triton = importlib.util.find_spec('triton') is not None
+_interpreter = os.environ.get('TRITON_INTERPRET', '0') == '1'  # Triton's own switch: kernels run on CPU tensors
+
+
+def set_fused(enable: bool = True) -> None:
+    """Turn the fused kernels of layer attention on or off, for all models of this process.
+
+    They are on by default, and off if the environment variable TIMM_MRLA_FUSED is 0. Compiled models compile again.
+    """
+    global _enabled
+    _enabled = enable
+
+
+def _device(x: torch.Tensor) -> str:
+    """Why the kernels cannot run where x is; empty if they can."""
+    if not _enabled:
+        return 'the kernels are turned off, by TIMM_MRLA_FUSED=0 or timm_mrla.set_fused(False)'
+    if not (x.is_cuda or _interpreter):
+        return f'the images are on the device {x.device.type}, and the kernels are for cuda'
+    if not _has_triton:
+        return 'Triton is not installed'
+    if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return 'the GPU is not one of NVIDIA of compute capability 8.0 or later'
+    return ''
+
+
+def _tracer(x: torch.Tensor) -> str:
+    """Which tracer or transform looks at each operation; empty if none does."""
+    if torch.compiler._is_exporting_flag:  # of which to_map says why
+        return 'the model is exported'
+    if torch.compiler.is_compiling():
+        return ''
+    if torch.jit.is_tracing():
+        return 'the model is traced'
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # no public way to ask
+        return 'a transform of torch.func is active'
+    if torch.autograd.forward_ad._current_level >= 0:
+        return 'forward-mode differentiation is active'
+    if torch._C._len_torch_dispatch_stack():
+        return 'a mode that sees each operation is active, such as FlopCounterMode'
+    return ''
+
+
+def _tensors(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str:
+    """What is wrong with the map x of a layer, whose value has a weight; empty if nothing is."""
+    if any(type(p) not in (nn.Parameter, torch.Tensor) for p in layer.parameters()):
+        return 'its weights are tensors of another class, such as DTensor'
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'its maps are {x.dtype}'
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f'its weights are {weight.dtype} and its maps {x.dtype}, without autocast'
+    if x.numel() == 0:
+        return 'the batch is empty'
+    if x[0].numel() >= 2**31:
+        return 'its maps have 2^31 elements or more'
+    return ''
+
+
+def _shortcut(layer: nn.Module, x: torch.Tensor, o: torch.Tensor) -> str:
+    """What is wrong with the maps x and o of MRLA-light; empty if nothing is."""
+    if o.dtype != x.dtype or o.shape != x.shape:
+        return f'its maps differ: {x.dtype} {[*x.shape]} and {o.dtype} {[*o.shape]}'
+    memory = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
+    if not (x.is_contiguous(memory_format=memory) and o.is_contiguous(memory_format=memory)):
+        return f'its maps are not contiguous in {"channels_last" if layer.layout == "NCHW" else layer.layout}'
+    return ''
+
+
+def value_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of a convolution of a map."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _memory(layer: nn.Module, x: torch.Tensor, memory: Memory) -> str:
+    """What is wrong with the map x and the memory of MRLA-base; empty if nothing is."""
+    format = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
+    if not x.is_contiguous(memory_format=format):
+        return f'its map is not contiguous in {"channels_last" if layer.layout == "NCHW" else layer.layout}'
+    dtype = value_dtype(x)
+    for key, value in zip(memory[::2], memory[1::2], strict=True):
+        if type(key) is not torch.Tensor or type(value) is not torch.Tensor:
+            return f'its memory is of class {type(value).__name__}'
+        if value.dtype != dtype or not value.is_contiguous(memory_format=torch.channels_last):
+            return f'a value of its memory is {value.dtype} or not contiguous in channels_last'
+    return ''
+
+
+def _children(layer: nn.Module) -> str:
+    """Which child of a layer somebody has changed or looks at; empty if none."""
+    if nn.modules.module._has_any_global_hook():
+        return 'a hook on all modules is registered'
+    for name, child in layer.named_modules():
+        if name and (
+            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        ):
+            return f'a hook is on {name}'
+    attn = layer.attn
+    if type(attn) not in (LightWeights, BaseWeights) or type(attn.qk) is not QueryKey:
+        return f'attn.qk is {type(attn.qk).__name__}'
+    return ''
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    """Whether a norm is a batch norm and nothing else."""
+    if type(norm) is BatchNormAct2d:
+        return type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
+    return type(norm) is nn.BatchNorm2d
+
+
+def is_rms_norm(norm: nn.Module) -> bool:
+    return type(norm) in (RmsNorm, RmsNorm2d)
+
+
+def _norms(layer: nn.Module, x: torch.Tensor) -> str:
+    """Which norm of the form `pre` the kernels do not compute; empty if none."""
+    for name, norm in (('norm_x', layer.norm_x), ('norm_o', getattr(layer, 'norm_o', nn.Identity()))):
+        if name == 'norm_o' and type(norm) is nn.Identity:
+            continue
+        if type(norm) not in (nn.LayerNorm, LayerNorm, LayerNorm2d) and not is_rms_norm(norm):
+            return f'{name} is {type(norm).__name__}'
+        if norm.weight is None or norm.weight.shape != (layer.v.out_channels,):
+            return f'{name} has no weight for each channel'
+        if norm.eps != layer.norm_x.eps or type(norm) is not type(layer.norm_x):
+            return f'{name} is another norm than norm_x'
+        if getattr(norm, '_fast_norm', False):
+            return "timm's fast norm is on"
+    if is_rms_norm(layer.norm_x) and x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return 'norm_x is an RMS norm of maps in half precision under autocast'
+    return ''
+
+
+def _parts(layer: nn.Module, x: torch.Tensor) -> str:
+    """What of a layer the kernels do not compute; empty if nothing."""
+    v, norm = layer.v, layer.norm
+    if type(v) is not nn.Conv2d or v.bias is not None or v.padding_mode != 'zeros':
+        return f'v is {v}'
+    if type(layer.drop_path) not in (nn.Identity, DropPath):
+        return f'drop_path is {type(layer.drop_path).__name__}'
+    if layer.form == 'pre':
+        return _norms(layer, x)
+    if layer.layout == 'NLC':
+        return 'it is of the form post on tokens'
+    if not _is_batch_norm(norm):
+        return f'norm is {type(norm).__name__}'
+    if norm.training and x.numel() == x.shape[1]:
+        return 'its batch has one value for each channel, of which there is no variance'
+    return ''
+
+
+def _activations(layer: nn.Module) -> str:
+    """Which activation or norm of a layer's own kind the kernels do not compute; empty if none."""
+    if isinstance(layer, MrlaBase):
+        return '' if type(layer.act) is (nn.ReLU if layer.form == 'post' else nn.Identity) else f'act is {layer.act}'
+    if type(layer.norm_v) is not nn.Identity:
+        return f'norm_v is {type(layer.norm_v).__name__}'
+    exact = type(layer.act_v) is nn.GELU and layer.act_v.approximate == 'none'
+    return '' if (exact if layer.form == 'pre' else type(layer.act_v) is nn.Identity) else f'act_v is {layer.act_v}'
+
+
+def _folded(layer: nn.Module) -> str:
+    """What of a folded layer the kernels do not compute; empty if nothing."""
+    if layer.layout == 'NLC':
+        return 'it is of the form post on tokens'
+    if isinstance(layer, InferenceBase):
+        v = layer.v
+        return '' if type(v) is nn.Conv2d and v.bias is None and v.padding_mode == 'zeros' else f'v is {v}'
+    return '' if layer.bias_v is None else 'the norm of its value is folded too'
+
+
+def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (), feat_size: Grid = None) -> str:
+    """Why layer attention does not run in the kernels, in one sentence; empty if it does.
+
+    other is the shortcut of MRLA-light, or the memory of MRLA-base.
+    """
+    if type(x) is not torch.Tensor:
+        return f'its maps are of class {type(x).__name__}'
+    if type(layer) not in (*LIGHT, MrlaBase, InferenceBase):
+        return f'there are no kernels for {type(layer).__name__}'
+    if why := _device(x) or _tracer(x):
+        return why
+    if isinstance(layer, _TRAINED):
+        form, weight, why = layer.form, layer.v.weight, _parts(layer, x) or _activations(layer)
+    else:
+        weight = layer.weight if isinstance(layer, InferenceLight) else layer.v.weight
+        form, why = 'folded', _folded(layer)
+    is_light = isinstance(layer, LIGHT)
+    why = why or _children(layer) or _tensors(layer, x, weight)
+    why = why or (_shortcut if is_light else _memory)(layer, x, other)
+    return why or _trial(is_light, form, x.device, x.dtype, len(weight), layer.attn.num_heads)
+
+
+@torch.compiler.assume_constant_result  # dynamo calls it, rather than trace it
+def _trial(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
+    """Why Triton cannot run the kernels here; empty if it can.
+
+    So a kernel that does not compile or launch on a GPU stops nobody's training, and is reported once.
+    """
+    return _try(light, form, device, dtype, dim, heads)
+
+
+@functools.cache
+def _try(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
+    """A small run, forward and backward."""
+    x = torch.ones(1, dim, 2, 2, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    qk, w, lam = (torch.ones(*shape, device=device) for shape in ((2, 3), (9, dim), (dim,)))
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            x.requires_grad_(form != 'folded')
+            if not light:
+                z = x.permute(0, 2, 3, 1).flatten(1, 2)
+                memory = (z, [lam[None]], [x.detach()], [2, 2], qk, w, lam, lam)
+                if form == 'folded':
+                    base_folded(*memory, heads)
+                else:
+                    rest = (None, None, None, heads, 1e-5, form == 'post', False, dtype, dtype)
+                    base(*memory, *rest)[0].sum().backward()
+            elif form == 'folded':
+                light_folded(x, x, qk, w, lam, lam, heads)
+            elif form == 'post':
+                light_post(x, x, qk, w, lam, lam, lam, None, None, None, heads, 1e-5)[0].sum().backward()
+            else:
+                x = x.permute(0, 2, 3, 1).flatten(1, 2)
+                norms = (lam, lam, lam, lam, None, heads, 1e-5, False, dtype, dtype)
+                light_pre(x, x, (2, 2), qk, w, lam, *norms)[0].sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever Triton, its compiler and the driver raise
+        why = f'Triton cannot run the kernels here: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
+        _logger.warning(f'layer attention runs without its fused kernels, {why}')
+        return why
+    return ''
