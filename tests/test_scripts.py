@@ -118,8 +118,10 @@ def test_the_plugin_flag_of_train(images, tmp_path):
     [(0, 'resnet50_mrla', 256, 0.1), (1, 'deit_small_mrla', 1024, 1e-3), (2, 'efficientnet_b0_mrla', 768, 0.048)],
 )
 def test_the_papers_training(number, model, batch, lr, images, tmp_path):
-    """The README's command lines, for one epoch of a few small images, with the batch that they have in all."""
-    command = shlex.split(code(sections()["The paper's training"], 'bash')[number].replace('\\\n', ''))
+    """The command lines of docs/training.md, for one epoch of a few small images, with their batch in all."""
+    command = shlex.split(
+        code(sections('docs/training.md')["The paper's settings"], 'bash')[number].replace('\\\n', '')
+    )
     processes, options = command[1], command[command.index('train.py') + 1 :]
     assert int(processes.split('=')[1]) * int(options[options.index('-b') + 1]) == batch
     small = ['--data-dir', images, '-b', 4, '--grad-accum-steps', batch // 4, '--epochs', 1, '--num-classes', 2]
