@@ -1,8 +1,14 @@
 """The pages of the documentation, README.md and docs/*.md, and their code by heading and language."""
 
+import argparse
 import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -10,6 +16,7 @@ PAGES = {
     for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
 }
 README = PAGES['README.md']
+LINKED = {**PAGES, 'benchmarks/README.md': (ROOT / 'benchmarks' / 'README.md').read_text()}
 # pages whose Python needs the extra `downstream`: each heading has one recipe, which stands alone
 RECIPES = ('docs/other-libraries.md', 'docs/export.md')
 
@@ -53,3 +60,44 @@ def recipe(heading: str, changes: dict[str, str] | None = None) -> dict[str, Any
     names = {}
     exec(compile(recipe_source(heading, changes), f'recipe {heading}', 'exec'), names)
     return names
+
+
+def commands(source: str) -> Iterator[list[str]]:
+    """The command lines of a shell block as words, in their order."""
+    line = ''
+    for part in source.replace('\\\n', ' ').splitlines():
+        line += part
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quoted word goes on in the next line
+            line += '\n'
+            continue
+        line, command = '', []
+        for word in [*words, '&&']:
+            if word != '&&':
+                command.append(word)
+            elif command:
+                yield command
+                command = []
+    assert not line
+
+
+COMMANDS = [(page, line) for page, text in LINKED.items() for block in code(text, 'bash') for line in commands(block)]
+
+
+class _Accepted(Exception):
+    """A parser has read the command line."""
+
+
+def assert_accepted(argv: list[str], run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser of a script, which run starts, takes the arguments; the script goes no further."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(*args, **kwargs):
+        original(*args, **kwargs)
+        raise _Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(_Accepted):
+        run()

@@ -4,7 +4,6 @@ The recipes of `readme.RECIPES` run in test_downstream.py, and training commands
 test_vision_scripts.py.
 """
 
-import argparse
 import ast
 import contextlib
 import copy
@@ -22,14 +21,26 @@ import timm
 import torch
 import torchvision
 from flops import family, paper_entries
-from readme import PAGES, README, RECIPES, ROOT, blocks, code, prose, recipe_source, sections
+from readme import (
+    COMMANDS,
+    LINKED,
+    PAGES,
+    README,
+    RECIPES,
+    ROOT,
+    assert_accepted,
+    blocks,
+    code,
+    prose,
+    recipe_source,
+    sections,
+)
 
 from timm_mrla import set_fused
 from timm_mrla.hub import save_pretrained
 from timm_mrla.layers.weights import LightWeights
 from timm_mrla.models._registry import BACKBONES
 
-LINKED = {**PAGES, 'benchmarks/README.md': (ROOT / 'benchmarks' / 'README.md').read_text()}
 SHAPES = {  # of tensors that the code of a page makes
     'docs/getting-started.md': {'c5': (1, 2048, 15, 20)},
     'docs/attention.md': {'before': (2, 1024, 14, 14)},
@@ -95,35 +106,6 @@ def test_recipes_compile(page, heading):
     assert f"'{heading}'" in (ROOT / 'tests' / 'test_downstream.py').read_text()
 
 
-def commands(source):
-    """The command lines of a shell block as words, in their order."""
-    line = ''
-    for part in source.replace('\\\n', ' ').splitlines():
-        line += part
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:  # a quoted word goes on in the next line
-            line += '\n'
-            continue
-        line, command = '', []
-        for word in [*words, '&&']:
-            if word != '&&':
-                command.append(word)
-            elif command:
-                yield command
-                command = []
-    assert not line
-
-
-COMMANDS = [
-    (page, command) for page, text in LINKED.items() for source in code(text, 'bash') for command in commands(source)
-]
-
-
-class Accepted(Exception):
-    """The command line was parsed."""
-
-
 @pytest.mark.parametrize(('page', 'command'), COMMANDS, ids=[f'{page}-{" ".join(c[:3])}' for page, c in COMMANDS])
 def test_commands_are_accepted(page, command, monkeypatch):
     """The parsers of `timm-mrla` and of the benchmarks accept the arguments; the extras of `pip install` exist."""
@@ -148,19 +130,10 @@ def test_commands_are_accepted(page, command, monkeypatch):
 
     if command[1] == 'benchmarks/coco_digits.py':
         pytest.importorskip('pycocotools')
-    original = argparse.ArgumentParser.parse_args
-
-    def parse_args(*args, **kwargs):
-        original(*args, **kwargs)
-        raise Accepted
-
-    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
-    monkeypatch.setattr(sys, 'argv', command if command[0] == 'timm-mrla' else command[1:])
-    with pytest.raises(Accepted):
-        if command[0] == 'timm-mrla':
-            runpy.run_module('timm_mrla', run_name='__main__', alter_sys=False)
-        else:
-            runpy.run_path(str(ROOT / command[1]), run_name='__main__')
+    if command[0] == 'timm-mrla':
+        assert_accepted(command, lambda: runpy.run_module('timm_mrla', run_name='__main__'), monkeypatch)
+    else:
+        assert_accepted(command[1:], lambda: runpy.run_path(str(ROOT / command[1]), run_name='__main__'), monkeypatch)
 
 
 def test_blocks_have_a_known_language():
