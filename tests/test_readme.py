@@ -130,10 +130,23 @@ def test_commands_are_accepted(page, command, monkeypatch):
 
     if command[1] == 'benchmarks/coco_digits.py':
         pytest.importorskip('pycocotools')
+        pytest.importorskip('skimage')
     if command[0] == 'timm-mrla':
         assert_accepted(command, lambda: runpy.run_module('timm_mrla', run_name='__main__'), monkeypatch)
     else:
         assert_accepted(command[1:], lambda: runpy.run_path(str(ROOT / command[1]), run_name='__main__'), monkeypatch)
+
+
+def test_code_of_the_benchmarks(tmp_path, monkeypatch):
+    """It prints the gates of a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (source,) = code(LINKED['benchmarks/README.md'])
+    path = re.search(r"'(.*\.pth\.tar)'", source)[1]
+    (tmp_path / path).parent.mkdir(parents=True)
+    torch.save({'state_dict': timm.create_model('tf_efficientnet_lite0_mrla').state_dict()}, path)
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        exec(compile(source, 'benchmarks/README.md', 'exec'), {})
+    assert set(ast.literal_eval(stdout.getvalue()).values()) == {1.0}
 
 
 def test_blocks_have_a_known_language():
@@ -218,7 +231,7 @@ def test_the_tables():
         assert int(count) == len(names)
         assert int(tags) == sum(len(timm.list_pretrained(f'{name}.*')) for name in names)
         assert example in names
-    entries = len(timm.list_models('*_mrla'))
-    assert f'{entries} entries' in README
-    assert f'registers {entries} models' in PAGES['docs/how-it-works.md']
-    assert f'all {len(timm.list_pretrained("*_mrla*")):,} warm starts' in README
+    readme, how = (' '.join(PAGES[page].split()) for page in ('README.md', 'docs/how-it-works.md'))
+    entries, tags = len(timm.list_models('*_mrla')), len(timm.list_pretrained('*_mrla*'))
+    assert f'{entries} entries' in readme and f'registers {entries} models' in how
+    assert f'all {tags:,} warm starts' in readme
