@@ -232,6 +232,10 @@ def test_the_tables():
         assert int(tags) == sum(len(timm.list_pretrained(f'{name}.*')) for name in names)
         assert example in names
     readme, how = (' '.join(PAGES[page].split()) for page in ('README.md', 'docs/how-it-works.md'))
-    entries, tags = len(timm.list_models('*_mrla')), len(timm.list_pretrained('*_mrla*'))
-    assert f'{entries} entries' in readme and f'registers {entries} models' in how
-    assert f'all {tags:,} warm starts' in readme
+    light, base, warm = (
+        len(timm.list_models('*_mrla')),
+        len(timm.list_models('*_mrlab')),
+        timm.list_pretrained('*_mrla*'),
+    )
+    assert f'{light} entries' in readme and f'{base} entries' in readme and f'all {len(warm):,} warm starts' in readme
+    assert f'registers {light + base} models' in how
