@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of entries and of their plain backbones, as the README's table of the paper's.
+"""Parameters and multiply-adds of entries and of their plain backbones: the table of docs/models.md.
 
     python benchmarks/flops.py
     python benchmarks/flops.py --models convnext_tiny_mrla vit_small_patch14_reg4_dinov2_mrla

@@ -1,30 +1,103 @@
-"""The README's code, by heading and language."""
+"""The pages of the documentation, README.md and docs/*.md, and their code by heading and language."""
 
+import argparse
 import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
-RECIPES = 'Segmentation, transformers, fastai, export'
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
+}
+README = PAGES['README.md']
+LINKED = {**PAGES, 'benchmarks/README.md': (ROOT / 'benchmarks' / 'README.md').read_text()}
+# pages whose Python needs the extra `downstream`: each heading has one recipe, which stands alone
+RECIPES = ('docs/other-libraries.md', 'docs/export.md')
+
+_FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', flags=re.DOTALL | re.MULTILINE)
 
 
-def sections(text: str = README, level: str = '##') -> dict[str, str]:
-    """What stands under each heading of this level."""
-    parts = re.split(rf'^{level} (.*)$', text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+def prose(text: str) -> str:
+    """A text without its code blocks."""
+    return _FENCE.sub('', text)
+
+
+def sections(page: str, level: str = '##') -> dict[str, str]:
+    """The text under each heading of a level, by heading; it ends where a heading of this level or above follows."""
+    parts = re.split(rf'^(##{{1,{len(level) - 1}}}) (.*)$', PAGES[page], flags=re.MULTILINE)
+    found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    return {heading: text for hashes, heading, text in found if hashes == level}
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The code blocks of a text in their order: language, code."""
+    return _FENCE.findall(text)
 
 
 def code(text: str, language: str = 'python') -> list[str]:
-    """The code blocks of a text."""
-    return re.findall(rf'^```{language}\n(.*?)^```', text, flags=re.DOTALL | re.MULTILINE)
+    """The code blocks of a text that are in a language."""
+    return [source for found, source in blocks(text) if found == language]
 
 
-def recipe(heading: str, changes: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run one of the recipes that need the extra, with some of its text changed, and return its names."""
-    (source,) = code(sections(sections()[RECIPES], '###')[heading])
+def recipe_source(heading: str, changes: dict[str, str] | None = None) -> str:
+    """The recipe under a heading, with some of its text changed."""
+    (section,) = (sections(page)[heading] for page in RECIPES if heading in sections(page))
+    (source,) = code(section)
     for old, new in (changes or {}).items():
         assert old in source
         source = source.replace(old, new)
+    return source
+
+
+def recipe(heading: str, changes: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a recipe with some of its text changed, and return its names."""
     names = {}
-    exec(compile(source, f'README.md, {heading}', 'exec'), names)
+    exec(compile(recipe_source(heading, changes), f'recipe {heading}', 'exec'), names)
     return names
+
+
+def commands(source: str) -> Iterator[list[str]]:
+    """The command lines of a shell block as words, in their order."""
+    line = ''
+    for part in source.replace('\\\n', ' ').splitlines():
+        line += part
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quoted word goes on in the next line
+            line += '\n'
+            continue
+        line, command = '', []
+        for word in [*words, '&&']:
+            if word != '&&':
+                command.append(word)
+            elif command:
+                yield command
+                command = []
+    assert not line
+
+
+COMMANDS = [(page, line) for page, text in LINKED.items() for block in code(text, 'bash') for line in commands(block)]
+
+
+class _Accepted(Exception):
+    """A parser has read the command line."""
+
+
+def assert_accepted(argv: list[str], run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser of a script, which run starts, takes the arguments; the script goes no further."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(*args, **kwargs):
+        original(*args, **kwargs)
+        raise _Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(_Accepted):
+        run()

@@ -1,4 +1,7 @@
-"""The models inside other libraries, by the README's recipes. The libraries are those of the extra `downstream`."""
+"""The models inside other libraries, by the recipes of docs/other-libraries.md and docs/export.md.
+
+The libraries are those of the extra `downstream`.
+"""
 
 import copy
 import json
@@ -345,25 +348,21 @@ def test_onnx_of_each_form_and_layout(name, dynamo, examples, tmp_path):
             assert relative_error(torch.from_numpy(out), model(x)) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ('name', 'exporter'),
-    [
-        ('resnet18_mrla', 'trace'),
-        ('resnet18_mrlab', 'trace'),
-        ('efficientnet_b0_mrla', 'trace'),
-        ('resnet18_mrla', 'export'),
-        ('pvt_v2_b0_mrla', 'export'),
-    ],
-)
-def test_core_ml(name, exporter):
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'efficientnet_b0_mrla'])
+def test_core_ml(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    converted = recipe('Core ML', {"'resnet50_mrla'": f"'{name}'", '1, 3, 224, 224': '1, 3, 64, 64'})['converted']
+    assert len(converted.get_spec().description.output) == 1
+    assert (tmp_path / 'resnet50_mrla.mlpackage').exists()
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'pvt_v2_b0_mrla'])
+def test_core_ml_from_torch_export(name):
     import coremltools
 
     model, x = timm.create_model(name).eval(), torch.randn(1, 3, 64, 64)
-    if exporter == 'trace':
-        program, inputs = torch.jit.trace(model, x), {'inputs': [coremltools.TensorType(shape=x.shape)]}
-    else:
-        program, inputs = torch.export.export(model, (x,)).run_decompositions({}), {}
-    converted = coremltools.convert(program, convert_to='mlprogram', skip_model_load=True, **inputs)
+    program = torch.export.export(model, (x,)).run_decompositions({})
+    converted = coremltools.convert(program, convert_to='mlprogram', skip_model_load=True)
     assert len(converted.get_spec().description.output) == 1
 
 

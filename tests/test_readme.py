@@ -1,7 +1,19 @@
-"""The README's Python runs as it stands there, from top to bottom, but for the recipes of other test files."""
+"""README.md and docs/*.md: their Python runs, their command lines are accepted, their links lead somewhere.
 
+The recipes of `readme.RECIPES` run in test_downstream.py, and training commands in test_scripts.py and
+test_vision_scripts.py.
+"""
+
+import ast
+import contextlib
 import copy
+import io
+import os
 import re
+import runpy
+import shlex
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -9,28 +21,183 @@ import timm
 import torch
 import torchvision
 from flops import family, paper_entries
-from readme import README, RECIPES, code, sections
+from readme import (
+    COMMANDS,
+    LINKED,
+    PAGES,
+    README,
+    RECIPES,
+    ROOT,
+    assert_accepted,
+    blocks,
+    code,
+    prose,
+    recipe_source,
+    sections,
+)
 
+from timm_mrla import set_fused
 from timm_mrla.hub import save_pretrained
 from timm_mrla.layers.weights import LightWeights
 from timm_mrla.models._registry import BACKBONES
 
+SHAPES = {  # of tensors that the code of a page makes
+    'docs/getting-started.md': {'c5': (1, 2048, 15, 20)},
+    'docs/attention.md': {'before': (2, 1024, 14, 14)},
+    'docs/own-backbone.md': {'x': (2, 64, 56, 56), 'tokens': (2, 197, 64)},
+}
 
-def test_python_blocks(tmp_path, monkeypatch, hub):
+
+def write_what_is_loaded(page, folder, hub):
+    """Write the checkpoints, folders and repositories that a page loads."""
+    if 'local-dir:resnet50_mrla' in page or 'hf-hub:user/resnet50_mrla' in page:
+        save_pretrained(timm.create_model('resnet50_mrla'), folder / 'resnet50_mrla')
+        hub.add('user/resnet50_mrla.in1k', folder / 'resnet50_mrla')
+    if 'a1_in1k' in page:
+        weights = safetensors.torch.save(timm.create_model('resnet50').state_dict())
+        hub.commit('timm/resnet50.a1_in1k', {'model.safetensors': weights})
+    if 'model_11.pth' in page:
+        detector = torchvision.models.get_model('maskrcnn_resnet50_mrla_fpn')
+        torch.save({'model': detector.state_dict()}, folder / 'model_11.pth')
+
+
+@pytest.fixture
+def command_on_path(tmp_path, monkeypatch):
+    """`timm-mrla` in a shell is that of this checkout."""
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    (folder / 'timm-mrla').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m timm_mrla "$@"\n')
+    (folder / 'timm-mrla').chmod(0o755)
+    monkeypatch.setenv('PATH', str(folder), prepend=os.pathsep)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT), prepend=os.pathsep)
+
+
+@pytest.fixture
+def kernels_on():
+    """The fused kernels, which a page turns off, are on again after the test."""
+    yield
+    set_fused(True)
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page not in RECIPES and code(PAGES[page])])
+def test_code_runs(page, tmp_path, monkeypatch, hub, command_on_path, kernels_on):
+    """Python blocks run from top to bottom in one namespace. A block marked `text` is what the block before prints."""
     monkeypatch.chdir(tmp_path)
-    save_pretrained(timm.create_model('resnet50_mrla'), tmp_path / 'resnet50_mrla')
-    hub.add('user/resnet50_mrla.in1k', tmp_path / 'resnet50_mrla')
-    weights = safetensors.torch.save(timm.create_model('resnet50').state_dict())
-    hub.commit('timm/resnet50.a1_in1k', {'model.safetensors': weights})
-    detector = torchvision.models.get_model('maskrcnn_resnet50_mrla_fpn')
-    torch.save({'model': detector.state_dict()}, 'model_11.pth')
-    namespace = {}
-    blocks = code(README.replace(sections()[RECIPES], ''))
-    for block in blocks:
-        exec(compile(block, 'README.md', 'exec'), namespace)
-    assert len(blocks) >= 5
-    assert namespace['c5'].shape == (1, 2048, 15, 20)
-    assert namespace['x'].shape == (2, 64, 56, 56)
+    write_what_is_loaded(PAGES[page], tmp_path, hub)
+    names, found = {'__name__': 'page'}, blocks(PAGES[page])
+    for (language, source), (following, expected) in zip(found, [*found[1:], ('', '')], strict=True):
+        printed = None
+        if language == 'python':
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(compile(source, page, 'exec'), names)
+            printed = stdout.getvalue()
+        elif language == 'bash' and following == 'text':
+            printed = subprocess.run(['bash', '-ec', source], check=True, capture_output=True, text=True).stdout
+        if following == 'text':
+            assert printed.splitlines() == expected.splitlines()
+    for name, shape in SHAPES.get(page, {}).items():
+        assert names[name].shape == shape
+
+
+@pytest.mark.parametrize(('page', 'heading'), [(page, heading) for page in RECIPES for heading in sections(page)])
+def test_recipes_compile(page, heading):
+    """Each heading has one recipe, and a test in test_downstream.py."""
+    ast.parse(recipe_source(heading))
+    assert f"'{heading}'" in (ROOT / 'tests' / 'test_downstream.py').read_text()
+
+
+@pytest.mark.parametrize(('page', 'command'), COMMANDS, ids=[f'{page}-{" ".join(c[:3])}' for page, c in COMMANDS])
+def test_commands_are_accepted(page, command, monkeypatch):
+    """The parsers of `timm-mrla` and of the benchmarks accept the arguments; the extras of `pip install` exist."""
+    while '=' in command[0]:  # variables of the environment
+        command = command[1:]
+    if command[0] == 'torchrun':
+        assert command[1].startswith('--nproc-per-node=') and command[2] == '-m'
+        command = ['python', *command[2:]]
+    if command[:3] == ['python', '-m', 'timm_mrla']:
+        command = ['timm-mrla', *command[3:]]
+    if command[:2] == ['pip', 'install']:
+        extras = re.findall(r'^(\w+) = \[', (ROOT / 'pyproject.toml').read_text(), flags=re.MULTILINE)
+        for extra in re.findall(r'\[([\w,]+)\]', ' '.join(command)):
+            assert set(extra.split(',')) <= {*extras}
+        return
+    if command[:2] == ['python', '-c']:
+        ast.parse(command[2])
+        return
+    if command[0] not in ('timm-mrla', 'python') or command[1] == 'train.py':
+        assert command[0] in ('pytest', 'apt-get', 'echo') or command[1] == 'train.py'
+        return
+
+    if command[1] == 'benchmarks/coco_digits.py':
+        pytest.importorskip('pycocotools')
+        pytest.importorskip('skimage')
+    if command[0] == 'timm-mrla':
+        assert_accepted(command, lambda: runpy.run_module('timm_mrla', run_name='__main__'), monkeypatch)
+    else:
+        assert_accepted(command[1:], lambda: runpy.run_path(str(ROOT / command[1]), run_name='__main__'), monkeypatch)
+
+
+def test_code_of_the_benchmarks(tmp_path, monkeypatch):
+    """It prints the gates of a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (source,) = code(LINKED['benchmarks/README.md'])
+    path = re.search(r"'(.*\.pth\.tar)'", source)[1]
+    (tmp_path / path).parent.mkdir(parents=True)
+    torch.save({'state_dict': timm.create_model('tf_efficientnet_lite0_mrla').state_dict()}, path)
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        exec(compile(source, 'benchmarks/README.md', 'exec'), {})
+    assert set(ast.literal_eval(stdout.getvalue()).values()) == {1.0}
+
+
+def test_blocks_have_a_known_language():
+    """A block of another language would be run by no test."""
+    for page, text in LINKED.items():
+        assert text.count('```') == 2 * len(blocks(text)), page
+        assert {language for language, _ in blocks(text)} <= {'python', 'bash', 'text', 'bibtex'}, page
+    assert len(code(README, 'bibtex')) == 1
+
+
+def anchors(text):
+    """The anchors that GitHub gives the headings of a page."""
+    found = []
+    for heading in re.findall(r'^#+ (.*?)\s*$', prose(text), flags=re.MULTILINE):
+        heading = re.sub(r'\[(.*?)\]\(.*?\)', r'\1', heading)
+        slug = re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+        count = sum(re.fullmatch(rf'{re.escape(slug)}(-\d+)?', other) is not None for other in found)
+        found.append(f'{slug}-{count}' if count else slug)
+    return found
+
+
+def test_anchors():
+    text = "# `a_b` of c's\n## A  b\n## x, y: z\n## x, y: z\n```bash\n# no heading\n```\n### [t](u) (v)\n"
+    assert anchors(text) == ['a_b-of-cs', 'a--b', 'x-y-z', 'x-y-z-1', 't-v']
+
+
+@pytest.mark.parametrize('page', LINKED)
+def test_links(page):
+    """A file that is linked exists, and has the heading."""
+    links = re.findall(r'\]\(([^)\s]+)\)', prose(LINKED[page]))
+    for link in links:
+        if re.match(r'https?://', link):
+            continue
+        path, _, anchor = link.partition('#')
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_index():
+    """The index of the documentation has each page, and the README leads to it."""
+    pages = {page.removeprefix('docs/') for page in PAGES if page.startswith('docs/')} - {'README.md'}
+    assert set(re.findall(r'^\| \[.*?\]\((.*?)\)', PAGES['docs/README.md'], flags=re.MULTILINE)) == pages
+    assert pages <= {link.removeprefix('docs/') for link in re.findall(r'\((docs/[\w-]+\.md)', README)}
+
+
+def test_the_readme_is_short():
+    """A newcomer reads it in some minutes."""
+    assert len(README.splitlines()) <= 200
+    assert len(README.encode()) <= 12_000
 
 
 def test_the_widths_of_kernels():
@@ -55,7 +222,8 @@ def test_what_bfloat16_loses(name):
 
 def test_the_tables():
     """All entries of the paper; each module with its number of entries and of warm starts, and an example."""
-    assert sorted(re.findall(r'^\| `(\w+)` \|', README, flags=re.MULTILINE)) == sorted(paper_entries())
+    entries = re.findall(r'^\| `(\w+_mrlab?)` \|', PAGES['docs/models.md'], flags=re.MULTILINE)
+    assert sorted(entries) == sorted(paper_entries())
     rows = re.findall(r'^\| (\w+) \| (\d+) \| (\d+) \| .* \| `(\w+)` \|', README, flags=re.MULTILINE)
     assert [row[0] for row in sorted(rows)] == sorted({family(name) for name in BACKBONES})
     for module, count, tags, example in rows:
@@ -63,5 +231,11 @@ def test_the_tables():
         assert int(count) == len(names)
         assert int(tags) == sum(len(timm.list_pretrained(f'{name}.*')) for name in names)
         assert example in names
-    assert f'{len(timm.list_models("*_mrla"))} entries' in README
-    assert f'{len(timm.list_pretrained("*_mrla*")):,}.' in README
+    readme, how = (' '.join(PAGES[page].split()) for page in ('README.md', 'docs/how-it-works.md'))
+    light, base, warm = (
+        len(timm.list_models('*_mrla')),
+        len(timm.list_models('*_mrlab')),
+        timm.list_pretrained('*_mrla*'),
+    )
+    assert f'{light} entries' in readme and f'{base} entries' in readme and f'all {len(warm):,} warm starts' in readme
+    assert f'registers {light + base} models' in how

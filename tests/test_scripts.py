@@ -6,6 +6,7 @@ TIMM_SCRIPTS names a folder that holds timm's train.py, validate.py, inference.p
 import csv
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from readme import code, sections
+from readme import COMMANDS, assert_accepted, code, sections
 
 import timm_mrla  # noqa: F401
 
@@ -118,8 +119,10 @@ def test_the_plugin_flag_of_train(images, tmp_path):
     [(0, 'resnet50_mrla', 256, 0.1), (1, 'deit_small_mrla', 1024, 1e-3), (2, 'efficientnet_b0_mrla', 768, 0.048)],
 )
 def test_the_papers_training(number, model, batch, lr, images, tmp_path):
-    """The README's command lines, for one epoch of a few small images, with the batch that they have in all."""
-    command = shlex.split(code(sections()["The paper's training"], 'bash')[number].replace('\\\n', ''))
+    """The command lines of docs/training.md, for one epoch of a few small images, with their batch in all."""
+    command = shlex.split(
+        code(sections('docs/training.md')["The paper's settings"], 'bash')[number].replace('\\\n', '')
+    )
     processes, options = command[1], command[command.index('train.py') + 1 :]
     assert int(processes.split('=')[1]) * int(options[options.index('-b') + 1]) == batch
     small = ['--data-dir', images, '-b', 4, '--grad-accum-steps', batch // 4, '--epochs', 1, '--num-classes', 2]
@@ -129,3 +132,16 @@ def test_the_papers_training(number, model, batch, lr, images, tmp_path):
     (logged,) = re.findall(r'Learning rate \((.*?)\)', out)
     assert float(logged) == pytest.approx(lr)
     assert len(rows(tmp_path / 'run')) == 1
+
+
+NAMES = {'train.py', 'validate.py', 'inference.py', 'benchmark.py', 'onnx_export.py'}
+DOCUMENTED = [(page, command) for page, command in COMMANDS if NAMES & {*command}]
+
+
+@pytest.mark.parametrize(('page', 'command'), DOCUMENTED, ids=[f'{p}-{" ".join(c[:5])}' for p, c in DOCUMENTED])
+def test_commands_are_accepted(page, command, monkeypatch):
+    """timm's scripts take the arguments of the documentation's command lines."""
+    (name,) = NAMES & {*command}
+    path = str(Path(SCRIPTS) / name)
+    args = command[command.index('--' if '--' in command else name) + 1 :]
+    assert_accepted([path, *args], lambda: runpy.run_path(path, run_name='__main__'), monkeypatch)

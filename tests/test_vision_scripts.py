@@ -83,14 +83,12 @@ def test_train_resume_and_test(model, kinds, digits, tmp_path):
         assert loaded.config['num_classes'] == 91
 
 
-COMMANDS = [
-    command for command in code(sections()['Detection and instance segmentation'], 'bash') if 'torchrun' in command
-]
+COMMANDS = code(sections('docs/detection.md', '###')["The paper's settings"], 'bash')
 
 
 @pytest.mark.parametrize('number', range(3))
 def test_the_papers_training(number, digits, tmp_path):
-    """The README's command lines, for one epoch of a few images, on a smaller backbone that is not trained."""
+    """The command lines of docs/detection.md, for one epoch of a few images, on a smaller, untrained backbone."""
     command = shlex.split(COMMANDS[number].replace('\\\n', ''))
     options = command[command.index('references/detection/train.py') + 1 :]
     value = {name: options[options.index(name) + 1] for name in ('--model', '-b', '--lr', '--epochs')}
