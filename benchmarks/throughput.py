@@ -58,6 +58,8 @@ def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> 
     plain, kwargs = backbone(args.entry)
     timm_mrla.set_fused(case[4] == 'on')
     ours = {'mrla_recompute': 'recomputed' in case[1]}
+    if args.blocks:
+        ours['mrla_blocks'] = args.blocks
     steps = {'ours': build(args.entry, ours, args, case), 'plain': build(plain, kwargs, args, case)}
     timers = {
         name: Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads())
@@ -74,6 +76,7 @@ def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> 
     return {
         'model': args.entry,
         'backbone': plain,
+        'blocks': ' '.join(args.blocks or ['all']),
         **dict(zip(('task', 'how', 'layout', 'dtype', 'fused'), case, strict=True)),
         'batch_size': args.batch_size,
         'seconds': median(seconds['ours']),
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument('--layout', nargs='+', choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
     parser.add_argument('--fused', nargs='+', choices=('on', 'off'), default=['on'], help='kernels, on a GPU')
+    parser.add_argument('--blocks', nargs='+', metavar='PATTERN', help='blocks with layer attention (default: all)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--rounds', type=int, default=9, help='turns that the two models take (default: %(default)s)')
     parser.add_argument('--seconds', type=float, default=1.0, help='length of a turn (default: %(default)s)')

@@ -602,7 +602,7 @@ WIDTHS = [(24, 8), (40, 8), (64, 2), (96, 6), (384, 24), (768, 48), (2048, 64), 
 
 
 @pytest.mark.skipif(INTERPRETER, reason='the interpreter compiles nothing')
-@pytest.mark.parametrize('launch', [launch_post, launch_pre])
+@pytest.mark.parametrize('launch', [launch_post, pytest.param(launch_pre, marks=slow)])
 @pytest.mark.parametrize(
     ('dtype', 'width', 'capability'),
     [

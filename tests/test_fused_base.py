@@ -63,7 +63,8 @@ def compare(layer, x, memory, feat_size=None):
     scale = keep(torch.ones(len(x), *[1] * (x.ndim - 1), device=DEVICE)).double()
     m, *key_value = exact.branch(theirs[0], feat_size, *theirs[1:])
     outputs = [(theirs[0] + scale * m, y), *zip(key_value, (k, v), strict=True)]
-    assert y.dtype == x.dtype and y.stride() == x.stride() and v.is_contiguous(**CHANNELS_LAST)
+    layout = CHANNELS_LAST if layer.layout == 'NCHW' else {}
+    assert y.dtype == x.dtype and y.is_contiguous(**layout) and v.is_contiguous(**CHANNELS_LAST)
     gradients = [torch.randn_like(b) for _, b in outputs]
     torch.autograd.backward([b for _, b in outputs], gradients)
     torch.autograd.backward([a for a, _ in outputs], [d.double() for d in gradients])
@@ -211,26 +212,29 @@ def test_a_stage(form):
 @pytest.mark.parametrize('x_dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('form', ['post', 'pre'])
 def test_autocast_gives_the_dtypes_of_the_plain_layer(form, x_dtype):
+    """And values as close to float64 as bfloat16 can be."""
     torch.manual_seed(0)
     layers = nn.ModuleList(post(32, 2) if form == 'post' else pre(32, 2) for _ in range(2))
     for layer in layers:
-        if form == 'post':
+        if form == 'post':  # at a rounding from zero a ReLU may be on in one and off in the other
             nn.init.constant_(layer.norm.bias, 20)
     x = maps(2, 32, 5, 6, dtype=x_dtype) if form == 'post' else torch.randn(2, 31, 32, device=DEVICE, dtype=x_dtype)
     results = []
-    for enable in (True, False):
-        timm_mrla.set_fused(enable)
-        ours, inputs = copy.deepcopy(layers), x.clone().requires_grad_()
-        with torch.autocast(DEVICE, torch.bfloat16):
+    for mode in ('fused', 'plain', 'exact'):
+        timm_mrla.set_fused(mode == 'fused')
+        dtypes = (torch.float64, torch.float64) if mode == 'exact' else (torch.float32, x_dtype)
+        ours, inputs = copy.deepcopy(layers).to(dtypes[0]), x.to(dtypes[1], copy=True).requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=mode != 'exact'):
             y, memory = ours[0](inputs, (), (5, 6))
-            assert (reason(ours[1], y, memory, (5, 6)) == '') is enable
+            assert (reason(ours[1], y, memory, (5, 6)) == '') is (mode == 'fused')
             y, (*_, v) = ours[1](y, memory, (5, 6))
-        y.float().square().sum().backward()
+        y.to(torch.promote_types(y.dtype, torch.float32)).square().sum().backward()
         results.append([y, v, inputs.grad, *(p.grad for p in ours.parameters())])
     timm_mrla.set_fused(True)
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == b.dtype
-        assert_close('tensor', b, a, 0.06)
+    for fused, plain, exact in zip(*results, strict=True):
+        assert fused.dtype == plain.dtype
+        if exact.norm() > 1e-6:
+            assert_close('tensor', exact, fused, 0.06)
 
 
 @kernels
@@ -439,18 +443,18 @@ def launch(dtype, C, heads):
     base.folded(torch.empty(2, 49, C, dtype=dtype), [key], [value], [7, 7], qk, w, p, p, heads)
 
 
+@slow
 @pytest.mark.skipif(INTERPRETER, reason='the interpreter compiles nothing')
 @pytest.mark.parametrize(
     ('dtype', 'width', 'capability'),
     [
-        (torch.bfloat16, (64, 4), 90),
         *(
-            pytest.param(dtype, width, capability, marks=slow)
+            (dtype, width, capability)
             for dtype in (torch.float32, torch.bfloat16)
             for width in [(24, 3), (40, 5), (64, 4), (384, 24), (768, 48), (2048, 128)]
             for capability in (80, 90)
         ),
-        pytest.param(torch.float16, (40, 5), 80, marks=slow),
+        (torch.float16, (40, 5), 80),
     ],
 )
 def test_kernels_compile_for_gpus_and_spill_nothing(dtype, width, capability, monkeypatch):
