@@ -22,6 +22,7 @@ from gpu import (
     model_and_images,
     on_gpu,
 )
+from memory import saved_bytes
 from timm.layers import LayerNorm, RmsNorm
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -404,17 +405,19 @@ def test_a_big_model_in_a_cuda_graph():
 
 
 @kernels
-@slow
-def test_backward_keeps_the_values_and_the_outputs():
-    """Of a block at this size and in float32, two maps: 1.45 times what plain ResNet-50 keeps, and not 1.95."""
-    from memory import saved_bytes
+def test_backward_keeps_outputs_and_the_values_that_later_blocks_read():
+    """Of a stage of three blocks, five maps: the three that the blocks read, and two values."""
+    stage, x = nn.ModuleList(post(32, 2) for _ in range(3)), maps(2, 32, 16, 16).requires_grad_()
+    stage.forward = lambda x: run_stage(stage, x)
+    assert 5 * x.nbytes < saved_bytes(stage, x) < 5.5 * x.nbytes
 
-    size = (2, 3, 224, 224) if DEVICE == 'cuda' else (1, 3, 64, 64)
-    models = [timm.create_model(name, stem_type='deep', stem_width=32) for name in ('resnet50_mrlab', 'resnet50')]
-    x = torch.randn(size, device=DEVICE).contiguous(**CHANNELS_LAST)
-    ours, plain = (saved_bytes(model.to(DEVICE, **CHANNELS_LAST).train(), x) for model in models)
-    assert set(timm_mrla.why_not_fused(models[0], x).values()) == {''}
-    assert ours < 1.45 * plain
+
+@on_gpu
+def test_backward_needs_little_more_memory_than_the_backbone():
+    model, x = big('resnet50_mrlab')
+    plain = timm.create_model('resnet50', stem_type='deep', stem_width=32).cuda().to(**CHANNELS_LAST)
+    with torch.autocast('cuda', torch.bfloat16):
+        assert saved_bytes(model.train(), x) < 1.45 * saved_bytes(plain.train(), x)
 
 
 def launch(dtype, C, heads):
@@ -437,9 +440,8 @@ def launch(dtype, C, heads):
             (torch.float32, dtype),
         )
         later = (k, v) if before else (None, None)
-        memory = ([*[key] * before, k], [*[value] * before, v])
-        train = post and mean is None
-        base_backward.backward(d, *later, x, *memory, [7, 7], qk, w, *norm, scale, *saved, post, train, rms)
+        memory, train = ([key] * before, [value] * before), post and mean is None
+        base_backward.backward(d, *later, x, *memory, [7, 7], qk, w, *norm, scale, *saved, post, train, rms, dtype)
     base.folded(torch.empty(2, 49, C, dtype=dtype), [key], [value], [7, 7], qk, w, p, p, heads)
 
 

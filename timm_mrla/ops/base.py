@@ -247,38 +247,45 @@ def _apply(
     tl.store(out_ptr + base + at, (load(x_ptr + base, at, mask) + m).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _attention(
+def compute_value(
     x: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
     grid: list[int],
-    qk: torch.Tensor,
     w: torch.Tensor,
-    heads: int,
     dtype: torch.dtype,
-    rows: torch.Tensor | None = None,
     normed: tuple[torch.Tensor | None, ...] = (None, None, None),
-) -> tuple[torch.Tensor, ...]:
-    """The value v in a dtype, the key k, sums y of the map, weights a, and the table of addresses.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The value v in a dtype, and sums of x by rows [B, n, C], of the form `post` alone.
 
-    In the form `pre`, rows [B, n, C] are the sums of the normed map, and normed are weight, bias and statistics.
+    In the form `pre`, normed are weight, bias and statistics of the norm.
     """
     (B, N, C), (H, W) = x.shape, grid
     n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))
     v = torch.empty(B, C, H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-    rows = x.new_empty(B, n, C, dtype=torch.float32) if rows is None else rows
+    rows = x.new_empty(B, n, C, dtype=torch.float32)
     _value[(B * n, triton.cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
-    k, y = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
-    T = len(values) + 1
+    return v, rows
+
+
+def _attention(
+    rows: torch.Tensor,
+    v: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    qk: torch.Tensor,
+    heads: int,
+) -> tuple[torch.Tensor, ...]:
+    """The key k, sums y [B, C] of rows [B, n, C], weights a, and the table of addresses."""
+    B, n, C = rows.shape
+    T, L = len(values) + 1, v.shape[2] * v.shape[3]
+    k, y = (rows.new_empty(B, C) for _ in range(2))
     table = addresses([*keys, k], [*values, v])
-    scores, a = (x.new_empty(B, heads, T, dtype=torch.float32) for _ in range(2))
+    scores, a = (rows.new_empty(B, heads, T) for _ in range(2))
     _attend[(B,)](
-        *(rows, y, qk, table, k, scores, a, C, rows.shape[1], qk.shape[1], T, T, heads),
-        *(1 / (H * W), (C // heads) ** -0.5),
-        BR=min(triton.next_power_of_2(rows.shape[1]), 16),
+        *(rows, y, qk, table, k, scores, a, C, n, qk.shape[1], T, T, heads, 1 / L, (C // heads) ** -0.5),
+        BR=min(triton.next_power_of_2(n), 16),
         **head_blocks(C, heads),
     )
-    return v, k, y, a, table
+    return k, y, a, table
 
 
 def _run_apply(x, table, a, v, m, scale, bias, s, out) -> None:
@@ -311,11 +318,13 @@ def forward(
         n, per_row, blocks = whole(x, 2048)
         stats, rows = x.new_empty(B, 2, 2, N, dtype=torch.float32), x.new_empty(B, n, C, dtype=torch.float32)
         norms[(B * n, 1)](x, x, weight, bias, s, stats, rows, out, N - L, N, C, n, per_row, eps, RMS=rms, **blocks)
-        v, k, y, a, table = _attention(x, keys, values, grid, qk, w, heads, dtypes[1], rows, (weight, bias, stats))
+        v, _ = compute_value(x, grid, w, dtypes[1], (weight, bias, stats))
+        k, y, a, table = _attention(rows, v, keys, values, qk, heads)
         _run_apply(x, table, a, v, None, None, None, s, out)
         return out, k, v, y, a, stats
 
-    v, k, y, a, table = _attention(x, keys, values, grid, qk, w, heads, dtypes[1])
+    v, rows = compute_value(x, grid, w, dtypes[1])
+    k, y, a, table = _attention(rows, v, keys, values, qk, heads)
     channels, m, rows, n, per_row = x.new_empty(5, C, dtype=torch.float32), None, None, 1, 1
     programs = triton.cdiv(C, BLOCK['BC'])
     if mean is None:
@@ -343,6 +352,7 @@ def folded(
 ) -> tuple[torch.Tensor, ...]:
     """The output of the form `post` with the norm as scale and bias, for inference, and the block's key and value."""
     out = torch.empty_like(x)
-    v, k, _, a, table = _attention(x, keys, values, grid, qk, w, heads, x.dtype)
+    v, rows = compute_value(x, grid, w, x.dtype)
+    k, _, a, table = _attention(rows, v, keys, values, qk, heads)
     _run_apply(x, table, a, v, None, scale, bias, None, out)
     return out, k, v

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.base import BIAS, BLOCK, MEAN, RSTD, STATISTICS, SUMS, VALUE, A
+from timm_mrla.ops.base import BIAS, BLOCK, MEAN, RSTD, STATISTICS, SUMS, VALUE, A, compute_value
 from timm_mrla.ops.base_memory import address, addresses, block, grid_of, load, load_weight, retrieve
 from timm_mrla.ops.common import head_blocks, kernel, load_channels, query_key, query_key_backward, split, total
 from timm_mrla.ops.light_post_backward import gradient_maps as post_gradient_maps
@@ -252,15 +252,18 @@ def backward(
     post: bool,
     train: bool,
     rms: bool,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, of keys [T - 1, B, C] and values [T - 1, B, H, W, C] before, of qk, w [C, 9] and the norm [C, 2].
 
-    keys and values are with this block's own, of which dk and later are the gradients from later blocks. train says
-    that the statistics of the norm of m were those of the batch.
+    dk and later are the gradients of this block's key and value from later blocks. The value is computed again, in its
+    dtype, or the last of a stage would be kept for nobody else. train says that the statistics of the norm of m were
+    those of the batch.
     """
     (B, N, C), (H, W), (_, heads, T) = x.shape, grid, a.shape
-    L, P, v = H * W, N - H * W, values[-1]
-    table, channels = addresses(keys, values), statistics if post else None
+    L, P, channels = H * W, N - H * W, statistics if post else None
+    v, _ = compute_value(x, grid, w, dtype, (None, None, None) if post else (weight, bias, statistics))
+    table = addresses([*keys, y], [*values, v])  # nothing reads this block's key
     R, entries = B * triton.cdiv(L, SUMS['BP']), 3 if train else 1
     m, back, linear = (torch.empty_like(v), *x.new_empty(2 * R + 2, C, dtype=torch.float32).split([2 * R, 2]))
     sums, da = x.new_empty(R * T * entries + B * T, C, dtype=torch.float32).split([R * T * entries, B * T])

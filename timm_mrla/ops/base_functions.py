@@ -94,6 +94,7 @@ def _base_backward(
     post: bool,
     train: bool,
     rms: bool,
+    value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the keys and values before, of qk, of w transposed, and of weight and bias in one [C, 2]."""
     from timm_mrla.ops import base_backward as kernels
@@ -103,34 +104,33 @@ def _base_backward(
         later = None if later is None else later.contiguous(memory_format=torch.channels_last)
         return kernels.backward(
             *(d.contiguous(), dk, later, x, keys, values, grid, qk, w, weight, bias, s, y, a, statistics),
-            *(post, train, rms),
+            *(post, train, rms, value_dtype),
         )
 
 
 @_base_backward.register_fake
-def _(d, dk, later, x, keys, values, grid, qk, w, weight, bias, s, y, a, statistics, post, train, rms):
+def _(d, dk, later, x, keys, values, grid, qk, w, weight, bias, s, y, a, statistics, post, train, rms, value_dtype):
     (B, _, C), T = x.shape, len(values)
-    dkeys, dvalues = keys[-1].new_empty(T - 1, B, C), values[-1].new_empty(T - 1, B, *grid, C)
+    dkeys = x.new_empty(T, B, C, dtype=torch.float32)
+    dvalues = x.new_empty(T, B, *grid, C, dtype=value_dtype)
     vectors = x.new_empty(C, 2, dtype=torch.float32)
     return torch.empty_like(x), dkeys, dvalues, torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
 
 
 def _save(ctx, inputs, output) -> None:
-    x, keys, values, ctx.grid, qk, w, weight, bias, mean, _, s, _, _, ctx.post, ctx.rms, _, _ = inputs
-    _, k, v, *rest = output
-    ctx.before, ctx.train = len(values), ctx.post and mean is None
-    ctx.save_for_backward(x, qk, w, weight, bias, s, *rest, *keys, k, *values, v)
+    x, keys, values, ctx.grid, qk, w, weight, bias, mean, _, s, _, _, ctx.post, ctx.rms, _, ctx.value_dtype = inputs
+    ctx.train = ctx.post and mean is None
+    ctx.save_for_backward(x, qk, w, weight, bias, s, *output[3:], *keys, *values)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, d, dk, dv, *_):
     x, qk, w, weight, bias, s, y, a, statistics, *memory = ctx.saved_tensors
-    T = ctx.before + 1
-    keys, values = memory[:T], memory[T:]
+    keys, values = memory[: len(memory) // 2], memory[len(memory) // 2 :]
     d = torch.zeros_like(x) if d is None else d
     dx, dkeys, dvalues, dqk, dw, vectors = _base_backward(
         *(d, dk, dv, x, keys, values, ctx.grid, qk, w, weight, bias, s, y, a, statistics),
-        *(ctx.post, ctx.train, ctx.rms),
+        *(ctx.post, ctx.train, ctx.rms, ctx.value_dtype),
     )
     dnorm = [None if p is None else vectors[:, i].to(p.dtype) for i, p in enumerate((weight, bias))]
     before = [*dkeys.unbind()], [*dvalues.permute(0, 1, 4, 2, 3).unbind()]
