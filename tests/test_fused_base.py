@@ -336,9 +336,9 @@ def test_memory_that_the_kernels_do_not_read_runs_plain():
 
 
 MODELS = {
-    'resnet18_mrlab': dict(size=(64, 64), layers=(2, 1, 1, 1), channels=(16, 32, 32, 32)),
+    'resnet18_mrlab': dict(size=(32, 64), layers=(2, 1, 1, 1), channels=(16, 32, 32, 32)),
     'deit_tiny_mrlab': dict(size=(32, 64), depth=5, embed_dim=64, num_heads=2),
-    'pvt_v2_b0_mrlab': dict(size=(64, 64), embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 4)),
+    'pvt_v2_b0_mrlab': dict(size=(32, 64), depths=(1, 2, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2)),
 }
 
 
