@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_mrla.layers import MrlaBase, layer_attentions, to_map
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
-from timm_mrla.models._weights import WRAPPERS
+from timm_mrla.state_dict import WRAPPERS
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 

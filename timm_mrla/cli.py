@@ -46,7 +46,7 @@ On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with ti
 
 def _metadata(args: argparse.Namespace) -> dict[str, object]:
     """Arguments of `model_card`."""
-    from timm_mrla.hub import check_metrics
+    from timm_mrla.checks import check_metrics
 
     metrics = dict(args.metric)
     check_metrics(metrics, args.dataset)
@@ -54,10 +54,11 @@ def _metadata(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from timm_mrla.hub import check_new, check_ours, load_checkpoint, model_card, save_pretrained
+    from timm_mrla.checks import check_mrla_name, check_new_folder
+    from timm_mrla.hub import load_checkpoint, model_card, save_pretrained
 
-    check_new(args.out)
-    check_ours(args.model)
+    check_new_folder(args.out)
+    check_mrla_name(args.model)
     metadata = _metadata(args)
     model = load_checkpoint(args.checkpoint, args.model, **dict(args.model_kwargs))
     name = f'local-dir:{args.out}'
@@ -66,7 +67,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from timm_mrla.hub import check_ours, check_repo, load_checkpoint, load_folder, model_card, push_to_hub
+    from timm_mrla.checks import check_mrla_name, check_repo
+    from timm_mrla.hub import load_checkpoint, load_folder, model_card, push_to_hub
 
     check_repo(args.repo)
     metadata, card = _metadata(args), None
@@ -75,7 +77,7 @@ def _push(args: argparse.Namespace) -> None:
         if card and any(metadata.values()):
             raise ValueError(f'{args.source!r} has a model card, README.md: write its licence, data and results there')
     elif args.model:
-        check_ours(args.model)
+        check_mrla_name(args.model)
         model = load_checkpoint(args.source, args.model, **dict(args.model_kwargs))
     else:
         raise ValueError(f'{args.source!r} is no folder; for a checkpoint, say what it is of: --model NAME')

@@ -25,7 +25,7 @@ from timm.models import is_model_pretrained
 from tqdm import tqdm
 
 from timm_mrla import launcher
-from timm_mrla.hub import check_model
+from timm_mrla.checks import check_model_name
 from timm_mrla.machine import about
 from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
 from timm_mrla.models._weights import TAG
@@ -56,7 +56,7 @@ class Arm:
 
 def _arms(model: str) -> tuple[Arm, Arm]:
     """The plain backbone of a model, and the model."""
-    check_model(model)
+    check_model_name(model)
     entry, _, tag = model.partition('.')
     if entry not in BACKBONES:
         raise ValueError(f'{model!r} has no plain backbone in timm that it could be compared with')

@@ -12,7 +12,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import trange
 
-from timm_mrla.hub import built_with, check_new, check_ours, save_pretrained
+from timm_mrla.checks import check_mrla_name, check_new_folder, explain_build_errors
+from timm_mrla.hub import save_pretrained
 
 __all__ = ['test_digits', 'train_digits']
 
@@ -57,17 +58,17 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
         ValueError: There is no such model, or less than one epoch is asked for.
         FileExistsError: The folder exists.
     """
-    check_ours(model_name)
+    check_mrla_name(model_name)
     if epochs < 1:
         raise ValueError(f'{epochs} epochs are less than 1')
-    check_new(out)
+    check_new_folder(out)
     x_train, x_test, y_train, y_test = _load_digits()
 
     torch.manual_seed(0)
     # tokens of 8x8 pixels: 16x16 would leave four of them
     size = {'img_size': 32, 'patch_size': 8} if get_pretrained_cfg(model_name).fixed_input_size else {}
     model_kwargs = {'in_chans': 1, 'num_classes': 10, **size}
-    with built_with(model_name, model_kwargs):
+    with explain_build_errors(model_name, model_kwargs):
         model = timm.create_model(model_name, **model_kwargs)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-5)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_mrla.attention import by_block, feature_maps, find, layer_attention
-from timm_mrla.hub import built_with, check_file, check_model, load_checkpoint
+from timm_mrla.checkpoints import load_checkpoint
+from timm_mrla.checks import check_checkpoint, check_model_name, explain_build_errors
 from timm_mrla.picture import check_picture, open_image
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
@@ -51,12 +52,12 @@ def look(
     out = Path(out)
     check_picture(out, {f'.{ending}' for ending in Figure().canvas.get_supported_filetypes()})
     for path in checkpoints or []:
-        check_file(path)
+        check_checkpoint(path)
     opened = [open_image(image) for image in images]
 
     if ':' not in model:  # else timm finds out what model it is in a folder or repository
-        check_model(model)
-    with built_with(model, model_kwargs):
+        check_model_name(model)
+    with explain_build_errors(model, model_kwargs):
         skeleton = timm.create_model(model, device='meta', **model_kwargs)
     find(skeleton, features) if features else by_block(skeleton)
 
@@ -65,7 +66,7 @@ def look(
         if checkpoint:
             net = load_checkpoint(checkpoint, model, **model_kwargs)
         else:
-            with built_with(model, model_kwargs):
+            with explain_build_errors(model, model_kwargs):
                 net = timm.create_model(model, pretrained=pretrained, **model_kwargs)
         data_config = resolve_model_data_config(net)
         transform = create_transform(**data_config)

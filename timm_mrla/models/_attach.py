@@ -55,9 +55,8 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
     memory format, mode and what requires gradients. What `timm.create_model` built can then be saved and published, and
     loads as the entry `<name>_mrla`.
 
-    timm's `freeze_batch_norm_2d` on the result freezes the norms of layer attention too; freeze first, then attach. Where
-    layer attention has stochastic depth, it draws random numbers of its own, so that in training mode the backbone's
-    blocks then drop other samples than without it.
+    timm's `freeze_batch_norm_2d` freezes the norms of layer attention too: freeze first, then attach. With stochastic
+    depth, layer attention draws random numbers of its own, so the backbone drops other samples than without it.
 
     Args:
         model: The model.

@@ -17,13 +17,14 @@ from torch import nn
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models import _weights as weights
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
+from timm_mrla.state_dict import StateDict, convert_state_dict
 
 BACKBONES: dict[str, str] = {}  # our entries -> timm's entries that they are built from
 MODEL_ARGS: dict[str, dict[str, Any]] = {}  # what these are built with, where it differs
 
 Kind = type[LightBlock] | type[BaseBlock] | None  # None: a model that builds its layer attention itself
 Entrypoint = Callable[..., nn.Module]
-Filter = Callable[..., weights.StateDict]
+Filter = Callable[..., StateDict]
 
 
 def register_entries(
@@ -166,8 +167,8 @@ def build(
             built.append(model)
             return model
 
-        def filters(state_dict: weights.StateDict, model: nn.Module) -> weights.StateDict:
-            state_dict = weights.convert_state_dict(state_dict)
+        def filters(state_dict: StateDict, model: nn.Module) -> StateDict:
+            state_dict = convert_state_dict(state_dict)
             if filter_fn:
                 state_dict = filter_fn(state_dict)
             if pretrained_filter_fn:

@@ -13,26 +13,11 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
+from timm_mrla.state_dict import StateDict
 
 _logger = logging.getLogger(__name__)
 
-StateDict = dict[str, torch.Tensor]
-
 TAG = 'warmstart_'
-
-# the authors' names of what MRLA adds to a block, and ours
-_AUTHORS_NAMES = (
-    (r'\.bn_mrla\.', '.mrla.norm.'),
-    (r'\.norm_mrla\.', '.mrla.norm_x.'),
-    (r'\.mrla\.norm(x|o)\.', r'.mrla.norm_\1.'),
-    (r'\.mrla\.lambda_t$', '.mrla.lam'),
-    (r'\.(mrla|mla)\.W(q|k)\.', r'.attn.\2.'),
-    (r'\.(mrla|mla)\.Wv\.', '.v.'),
-    (r'\.(mrla|mla)\.bn_v\.', '.norm_v.'),
-)
-
-# what torch's wrappers put into names, beside the prefix that all have
-WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 
 
 def without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
@@ -151,25 +136,3 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
             'and adds nothing until you train it.'
         )
     return state_dict
-
-
-def convert_state_dict(state_dict: StateDict) -> StateDict:
-    """Give a checkpoint of the authors' code our names; our own passes unchanged.
-
-    It is bare or under `state_dict` or `model`. Prefixes of torch's wrappers, and one that all names have, are dropped.
-    """
-    state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))
-    # AveragedModel has a counter beside the model
-    state_dict = {WRAPPERS.sub('', name): tensor for name, tensor in state_dict.items() if name != 'n_averaged'}
-    while len(state_dict) > 1 and len({name.partition('.')[0] for name in state_dict}) == 1:
-        state_dict = {name.partition('.')[2]: tensor for name, tensor in state_dict.items()}
-    out = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _AUTHORS_NAMES:
-            name = re.sub(pattern, replacement, name)
-        out[name] = tensor.flatten() if name.endswith('.mrla.lam') else tensor
-    for name in [name for name in out if name.endswith('.mrla.attn.q.weight')]:
-        k = name.replace('.q.weight', '.k.weight')
-        if k in out:  # once two convolutions over one dimension, [1, 1, K]
-            out[name.replace('.q.weight', '.qk.weight')] = torch.cat([out.pop(name), out.pop(k)])[:, :, None]
-    return out
