@@ -8,9 +8,10 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _TokenBlock(LightBlock):
-    """A block on maps that lie in memory as tokens, as which layer attention reads them.
+    """A block whose maps are tokens in memory, so layer attention reads them as tokens.
 
-    On one image a sum of maps would lie otherwise than timm's own, and the next convolution would round otherwise.
+    Read as maps, the sum for one image would have other strides than timm's, and the next convolution would round
+    differently.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

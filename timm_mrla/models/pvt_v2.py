@@ -1,11 +1,4 @@
-"""PVTv2 with multi-head recurrent layer attention (MRLA)
-
-Papers:
-* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
-* `PVT v2: Improved Baselines with Pyramid Vision Transformer` - https://arxiv.org/abs/2106.13797
-
-The paper's authors released no PVTv2: this is layer attention as in their DeiT, with a memory for each stage.
-"""
+"""PVTv2 with MRLA-light and MRLA-base, as in the paper's DeiT, because the authors released no PVTv2."""
 
 from functools import partial
 
@@ -18,14 +11,14 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _LightBlock(LightBlock):
-    """timm's loop hands the grid to its blocks, which read it too."""
+    """A block that gets the grid of its tokens from timm's own loop."""
 
     def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
         return self.mrla(super(LightBlock, self).forward(x, feat_size), x, feat_size)
 
 
 class _BaseBlock(BaseBlock):
-    """As above."""
+    """A block that gets the grid of its tokens from timm's own loop."""
 
     def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         x, memory = self.mrla(super(BaseBlock, self).forward(x, feat_size), memory, feat_size)
@@ -33,7 +26,7 @@ class _BaseBlock(BaseBlock):
 
 
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
-    """timm's stage with MRLA-base."""
+    """timm's stage with MRLA-base, and a memory of its own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         blocks = with_memory(self.blocks, self.grad_checkpointing)
