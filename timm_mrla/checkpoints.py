@@ -54,7 +54,7 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
     check_model_name(model_name)
     state_dict = read_checkpoint(path)
     if any(name.startswith('backbone.body.') for name in state_dict):
-        raise ValueError(f'{path!r} is of a detector, not of {model_name}: `weights` of timm_mrla.detection takes it')
+        raise ValueError(f'{path!r} contains a detector, not {model_name}: pass it as `weights` to timm_mrla.detection')
 
     if 'img_size' not in model_kwargs and getattr(state_dict.get('pos_embed'), 'ndim', 0) == 3:
         raise ValueError(

@@ -23,6 +23,6 @@ def main(args: argparse.Namespace) -> None:
         check_mrla_name(args.model)
         model = load_checkpoint(args.source, args.model, **args.model_kwargs)
     else:
-        raise ValueError(f'{args.source!r} is no folder; for a checkpoint, say what it is of: --model NAME')
+        raise ValueError(f'{args.source!r} is no folder; for a checkpoint, name the model: --model NAME')
     card = card or model_card(model, f'hf-hub:{args.repo}', **metadata)
     print(push_to_hub(model, args.repo, card, private=args.private))

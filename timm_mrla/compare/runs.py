@@ -15,11 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-import timm_mrla
 from timm_mrla.compare.arms import Arm
 
-# `timm-mrla run`, by its path: it runs in a process of its own and is not imported here
-_LAUNCHER = Path(timm_mrla.__file__).with_name('cli') / 'launcher.py'
+# `timm-mrla run` as a script, which runs in a process of its own and is not imported here
+_LAUNCHER = Path(__file__).parents[1] / 'cli' / 'launcher.py'
 
 # lines in the log of train.py
 _EPOCHS = re.compile(r'Scheduled epochs: (\d+)')

@@ -69,7 +69,7 @@ def check_backbone(name: str) -> None:
         strides = {info['reduction'] for info in getattr(body, 'feature_info', ())}
         if not strides.issuperset(_STRIDES):
             found = ', '.join(map(str, sorted(strides))) or 'none'
-            raise ValueError(f'detectors need maps of strides 4, 8, 16 and 32, and those of {name} are of: {found}')
+            raise ValueError(f'detectors need maps of strides 4, 8, 16 and 32; {name} has: {found}')
         if not all(_stages(body)):
             raise ValueError(f'{name} does not say which of its modules make its maps, so that none could be frozen')
         try:

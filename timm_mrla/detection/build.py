@@ -42,7 +42,7 @@ def build_detector(
         asked['num_classes'] = num_classes
     for key, value in asked.items():
         if saved.get(key, value) != value:
-            raise ValueError(f'{key} is {value}, and that of {weights!r} is {saved[key]}')
+            raise ValueError(f'{key} is {value}, but {weights!r} has {saved[key]}')
     trained = weights is not None or weights_backbone is not None
     trainable_layers = _validate_trainable_layers(trained, trainable_backbone_layers, max_value=5, default_value=3)
 

@@ -26,7 +26,7 @@ def from_pretrained(name: str) -> Detector:
     """
     saved, _ = open_weights(name)
     if 'backbone' not in saved:
-        raise ValueError(f'{name!r} does not say what it is of: build the detector, with weights={name!r}')
+        raise ValueError(f'{name!r} does not say which detector it is for: build the detector, with weights={name!r}')
     try:
         return build_detector(saved['architecture'], saved['backbone'], weights=name)
     except (TypeError, LookupError, AttributeError) as e:  # config.json may contain anything

@@ -55,7 +55,7 @@ def create_body(name: str, weights: str | None) -> nn.Module:
         with explain_build_errors(weights, {}):
             channels = config.get('pretrained_cfg', config)['input_size'][0]
         if channels != 3:
-            raise ValueError(f'{weights!r} takes images of {channels} channels, and detectors have those of 3')
+            raise ValueError(f'{weights!r} takes images of {channels} channels, but detectors take 3')
         return timm.create_model(weights, pretrained=True, **size)
     tags = [tag.partition('.')[2] for tag in timm.list_pretrained(f'{name}.*')]
     raise ValueError(

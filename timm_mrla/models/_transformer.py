@@ -11,11 +11,7 @@ from timm_mrla.models._loops import SelfWithOverrides, with_grid
 
 
 class TokenBlock(LightBlock):
-    """A block of a vision transformer with MRLA-light.
-
-    Without `feat_size`, it assumes the grid of the model's own input size, so that users' own loops over the blocks
-    work, such as masked image modelling.
-    """
+    """A block with MRLA-light. Without `feat_size`, it assumes the model's own grid, for users' loops over blocks."""
 
     own_tokens: tuple[int, int, int] | None = None  # prefix tokens, rows and columns of the grid
 

@@ -106,7 +106,7 @@ def _check_pool(global_pool: str | None) -> None:
 class Ceit(GridHost, VisionTransformer):
     """timm's vision transformer with the stem and the blocks above."""
 
-    def __init__(self, *args, num_heads=3, global_pool='token', weight_init='', **kwargs) -> None:
+    def __init__(self, *args, num_heads: int = 3, global_pool: str = 'token', weight_init: str = '', **kwargs) -> None:
         dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
         _check_pool(global_pool)
         layers = dict(embed_layer=ImageToTokens, block_fn=CeitBlock, mlp_layer=LeFF, weight_init='skip')

@@ -8,11 +8,7 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _TokenBlock(LightBlock):
-    """A block whose maps are tokens in memory, so layer attention reads them as tokens.
-
-    Read as maps, the sum for one image would have other strides than timm's, and the next convolution would round
-    differently.
-    """
+    """A block whose maps are tokens in memory; read as maps, one image would get other strides, then other rounding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, o = (z.flatten(2).transpose(1, 2) for z in (super(LightBlock, self).forward(x), x))
