@@ -49,7 +49,7 @@ def _wrapper(model: nn.Module) -> str:
 
 
 def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity: bool = True) -> nn.Module:
-    """Add MRLA-light to every supported block of a model of timm's, in place, as its child `mrla`.
+    """Add MRLA-light to every supported block of a model of timm's, in place, as its child `mrla`; return the model.
 
     The backbone keeps its parameters, their names, device, dtype, memory format, mode and `requires_grad`. A model that
     `timm.create_model` built can be saved and published afterwards, and loads as the entry `<name>_mrla`.
@@ -63,29 +63,20 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
         identity: Whether the outputs stay bit-identical until you train; the new layers receive gradients from the
             first step. Otherwise layer attention is initialized as for training from scratch.
 
-    Returns:
-        The same model.
-
     Raises:
         TypeError: `model` is no model, or a pattern is no string.
-        ValueError: The model has layer attention, is wrapped, or has no block that supports it, or a pattern matches no
-            such block.
+        ValueError: The model has layer attention, is wrapped, or has no supported block, or a pattern matches none.
     """
     backbone = _entry(model)
     if layer_attentions(model):
         raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
     if wrapper := _wrapper(model):
         raise ValueError(f'{type(model).__name__} is wrapped by {wrapper}; attach first, then wrap')
-    if blocks is not None:
-        given, blocks = blocks, [*blocks] if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
-        if not all(isinstance(pattern, str) for pattern in blocks):
-            raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
-    graft(model, LightBlock, backbone, blocks, identity)
+    patterns = graft(model, LightBlock, backbone, blocks, identity)
     entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
     if entry:
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': entry}
         drop_weights_description(model)
-        if blocks is not None:
-            # timm saves these arguments with the model
-            model._model_args = {**getattr(model, '_model_args', {}), 'mrla_blocks': blocks}
+        if patterns is not None:  # timm saves these arguments with the model
+            model._model_args = {**getattr(model, '_model_args', {}), 'mrla_blocks': patterns}
     return model

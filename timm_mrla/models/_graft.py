@@ -84,6 +84,7 @@ class Recipe:
     layout: str | Callable[[nn.Module], str] = 'NCHW'  # of the block's output, or a function of the block
     where: Callable[[nn.Module], bool] = lambda block: True  # whether its shortcut keeps the shape
     hosts: tuple[type[Host], ...] = ()  # classes for the module that holds the blocks, if they need one
+    takes_grid: bool = False  # whether timm's block itself takes the grid of its tokens, after x
     num_heads: int | None = None  # if it divides the width; by default, heads are as wide as the form allows
     init_v: Callable[[torch.Tensor], Any] | None = None  # of the value's convolution in the paper, if not torch's
     not_in: tuple[str, ...] = ()  # entries of timm whose blocks of this class have none in the paper
@@ -179,6 +180,9 @@ class LightBlock(_Block):
     layer, prefix, max_dim_head, classes = MrlaLight, 'Mrla', {'post': 32, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *args, feat_size: Grid = None, **kwargs) -> torch.Tensor:
+        if self.recipe.takes_grid:
+            args = args or (feat_size,)
+            feat_size = args[0]
         return self.mrla(super().forward(x, *args, **kwargs), x, feat_size)
 
 
@@ -190,7 +194,8 @@ class BaseBlock(_Block):
     def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: Grid = None, **kwargs) -> Memory:
         if isinstance(x, tuple):
             raise TypeError('a block of MRLA-base passes its memory on: x, *memory = block(x, *memory, feat_size=...)')
-        x, memory = self.mrla(super().forward(x, **kwargs), memory, feat_size)
+        args = (feat_size,) if self.recipe.takes_grid else ()
+        x, memory = self.mrla(super().forward(x, *args, **kwargs), memory, feat_size)
         return x, *memory
 
 
@@ -210,7 +215,7 @@ def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
     return sites
 
 
-def _choose(found: Sites, blocks: str | Iterable[str] | None, kind: type[_Block], title: str) -> list[Site]:
+def _choose(found: Sites, patterns: list[str] | None, kind: type[_Block], title: str) -> list[Site]:
     """The sites that match a pattern; ValueError if there are none, or if a pattern matches none."""
     sites = [site for site in found if not site.reason]
     if not found:
@@ -218,9 +223,8 @@ def _choose(found: Sites, blocks: str | Iterable[str] | None, kind: type[_Block]
         raise ValueError(f'{title} has no block that can have layer attention; known are those of timm.models: {known}')
     if not sites:
         raise ValueError(f'no block of {title} can have layer attention: {found[0].name}: {found[0].reason}')
-    if blocks is None:
+    if patterns is None:
         return sites
-    patterns = [blocks] if isinstance(blocks, str) else [*blocks]
     for pattern in patterns or ['']:
         if not any(fnmatchcase(site.name, pattern) for site in sites):
             raise ValueError(
@@ -238,14 +242,19 @@ def graft(
     identity: bool = False,
     drop_path: float | None = None,
     **host_args,
-) -> None:
+) -> list[str] | None:
     """Add layer attention of a kind to the supported blocks of a model, an entry of timm, in place.
 
-    `blocks` are patterns of names, by default of all blocks. `identity` makes layer attention add exactly nothing until
-    it is trained. `drop_path` is by default the block's own in the form `post`, else 0. `host_args` go to the hosts.
+    `blocks` are patterns of names, by default of all blocks; they are returned as a list. `identity` makes layer
+    attention add exactly nothing until it is trained. `drop_path` is by default the block's own in the form `post`,
+    else 0. `host_args` go to the hosts.
     """
     if drop_path is not None and not 0.0 <= drop_path < 1.0:
         raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
+    if blocks is not None:
+        given, blocks = blocks, [*blocks] if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
+        if not all(isinstance(pattern, str) for pattern in blocks):
+            raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
     title = entry or type(model).__name__
     modules, hosts = dict(model.named_modules()), {}
     for site in _choose(find_sites(model, kind, entry), blocks, kind, title):
@@ -260,3 +269,4 @@ def graft(
         zero_gates(model)
     if host_args and not hosts:
         raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')
+    return blocks

@@ -46,13 +46,12 @@ def register_entries(
         module: `__name__` of a module of ours, which has the name of timm's module.
         blocks: How its blocks get layer attention.
         names: timm's names -> our names without ending, where they differ; with MRLA-base, all names.
-        without: Pattern for `re.fullmatch` of timm's names that get no entry, because no block has a shortcut that
-            keeps the shape.
+        without: Pattern of timm's names without an entry, because no block has a shortcut that keeps the shape.
         base: Base class of the blocks with layer attention.
         warm: Whether the entries have warm starts.
         cfg: Values that differ from timm's configurations.
         filter_fn: Filter of checkpoints, applied before timm's.
-        **model_args: Arguments of timm's entries that differ from timm's.
+        **model_args: Arguments for timm's entries, where they differ from timm's.
     """
     base.define(module, blocks)
     name, names, cfg = module.rpartition('.')[2], names or {}, cfg or {}
@@ -124,11 +123,8 @@ def build(
     """Build a model with layer attention by an entrypoint of timm, and load only weights that fit completely.
 
     With `mrla_recompute`, backward computes layer attention again instead of keeping its intermediate results. kwargs
-    may have the arguments of `graft`, as `mrla_blocks` and so on.
-
-    Raises:
-        TypeError, ValueError: An argument is wrong, also where timm asserts.
-        RuntimeError: Weights cannot be downloaded or read, or do not fit.
+    may have the arguments of `graft`, as `mrla_blocks` and so on. A wrong argument raises TypeError or ValueError, also
+    where timm asserts. Weights that cannot be downloaded or read, or do not fit, raise RuntimeError.
     """
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
     cfg = models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay)

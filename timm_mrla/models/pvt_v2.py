@@ -5,24 +5,9 @@ from functools import partial
 import torch
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock
+from timm_mrla.models._graft import BaseBlock, Host
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
 from timm_mrla.models._registry import Recipe, register_entries
-
-
-class _LightBlock(LightBlock):
-    """A block that gets the grid of its tokens from timm's own loop."""
-
-    def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
-        return self.mrla(super(LightBlock, self).forward(x, feat_size), x, feat_size)
-
-
-class _BaseBlock(BaseBlock):
-    """A block that gets the grid of its tokens from timm's own loop."""
-
-    def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        x, memory = self.mrla(super(BaseBlock, self).forward(x, feat_size), memory, feat_size)
-        return x, *memory
 
 
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
@@ -33,8 +18,8 @@ class MrlaBaseStage(Host, PyramidVisionTransformerStage):
         return self.stock.forward(SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False), x)
 
 
-_recipe = partial(Recipe, 'pre', 'norm1', 'NLC')
+_recipe = partial(Recipe, 'pre', 'norm1', 'NLC', takes_grid=True)
 
-register_entries(__name__, {Block: _recipe()}, base=_LightBlock)
+register_entries(__name__, {Block: _recipe()})
 names = {f'pvt_v2_b{i}': f'pvt_v2_b{i}' for i in range(2)}
-register_entries(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=_BaseBlock)
+register_entries(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=BaseBlock)
