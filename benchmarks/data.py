@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from timm_mrla.hub import check_new
+from timm_mrla.checks import check_new_folder
 
 Images = tuple[np.ndarray, np.ndarray]  # images [N, H, W] and the names of their classes [N]
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument('source', choices=sources)
     parser.add_argument('out', type=Path, help='folder or file to write')
     args = parser.parse_args()
-    check_new(args.out)
+    check_new_folder(args.out)
     sources[args.source](args.out)
 
 

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from timm_mrla.machine import about
+from timm_mrla.compare.machine import describe_machine
 
 __all__ = ['report']
 
 
 def report(rows: list[dict[str, object]], device: str, path: str | None) -> None:
     """Print rows of one set of keys as a table, below what they were measured on; write all of it as JSON to a path."""
-    measured = about(device)
+    measured = describe_machine(device)
     print('\n' + '; '.join(f'{key} {value}' for key, value in measured.items()) + '\n')
     print('| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))
     for row in rows:

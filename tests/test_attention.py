@@ -517,7 +517,7 @@ def test_command_mistakes_are_one_line_and_write_nothing(args, message, folder, 
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
-    for name in [n for n in sys.modules if n.partition('.')[0] == 'matplotlib' or n == 'timm_mrla.look']:
+    for name in [n for n in sys.modules if n.partition('.')[0] == 'matplotlib' or n == 'timm_mrla.cli.attention']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, 'timm_mrla.plot')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)  # as if it were not installed

@@ -23,8 +23,8 @@ from test_scripts import pytestmark as needs_scripts
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 from timm_mrla.cli import main
-from timm_mrla.compare import report
-from timm_mrla.paired import conclusion, interval
+from timm_mrla.compare.paired_statistics import conclusion, interval
+from timm_mrla.compare.report import report
 
 PLAIN = [79.1, 80.4, 78.8, 81.0, 79.9, 80.2]
 RESULTS = sorted((Path(__file__).parent.parent / 'benchmarks' / 'results').glob('*.json'))
@@ -152,8 +152,8 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkey
 
 @pytest.mark.parametrize('module', ['scipy', 'matplotlib'])
 def test_a_missing_extra_is_named(module, monkeypatch, capsys):
-    ours = ('timm_mrla.compare', 'timm_mrla.paired', 'timm_mrla.plot')
-    for name in [n for n in sys.modules if n.partition('.')[0] == module or n in ours]:
+    ours = ('timm_mrla.cli.compare', 'timm_mrla.compare')
+    for name in [n for n in sys.modules if n.partition('.')[0] == module or n.startswith(ours)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     message = refusal(['train.py', '--model', 'resnet18_mrla', '--out', 'new'], monkeypatch, capsys)
@@ -301,7 +301,7 @@ class TestRuns:
         results = json.loads((out / 'results.json').read_text())
         plain = timm.create_model('resnet18', num_classes=2, channels=(8, 16, 32, 64))
         assert results['arms']['resnet18']['parameters'] == sum(p.numel() for p in plain.parameters())
-        expected = {**config, 'lr': 1e-4, 'device_modules': ['json', 'timm_mrla.train_hooks']}
+        expected = {**config, 'lr': 1e-4, 'device_modules': ['json', 'timm_mrla.compare.train_hooks']}
         expected['seed'] = 1
         for arm in ('resnet18_mrla', 'resnet18'):
             if arm == 'resnet18':

@@ -73,7 +73,7 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkey
 
 @pytest.mark.parametrize('module', ['sklearn', 'tqdm'])
 def test_a_missing_extra_is_named(module, monkeypatch, capsys):
-    for name in [n for n in sys.modules if n.partition('.')[0] == module or n == 'timm_mrla.demo']:
+    for name in [n for n in sys.modules if n.partition('.')[0] == module or n == 'timm_mrla.cli.demo']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     message = refusal([], monkeypatch, capsys)

@@ -371,9 +371,9 @@ BAD = [
     (dict(backbone='resnet18_mrla.warmstart_a1_in1k'), "name 'resnet18_mrla', and 'warmstart_a1_in1k' as weights_back"),
     (
         dict(backbone='vit_tiny_patch16_224_mrla', weights_backbone='warmstart_x'),
-        'vit_tiny_patch16_224_mrla are of: 16',
+        'vit_tiny_patch16_224_mrla has: 16',
     ),
-    (dict(backbone='vit_base_patch16_clip_224'), 'vit_base_patch16_clip_224 are of: 16'),
+    (dict(backbone='vit_base_patch16_clip_224'), 'vit_base_patch16_clip_224 has: 16'),
     (dict(backbone='vgg11'), 'vgg11 does not say which of its modules make its maps'),
     (dict(backbone='maxvit_tiny_tf_224_mrla'), 'any size; maxvit_tiny_tf_224_mrla takes 224 x 224'),
     (dict(num_classes=1), 'num_classes is 1, and the background is a class'),
@@ -384,8 +384,11 @@ BAD = [
     (dict(backbone='resnet18_mrlab', weights_backbone='warmstart_a1_in1k'), 'no tag of resnet18_mrlab; its tags: none'),
     (dict(weights_backbone='nowhere/last.pth.tar'), "'nowhere/last.pth.tar' is no file"),
     (dict(weights_backbone='{}/text.pth'), 'text.pth. cannot be read as weights alone'),
-    (dict(weights_backbone='{}/detector.pth'), r'detector.pth. is of a detector, not of resnet18_mrla: `weights` of'),
-    (dict(backbone='resnet18', weights_backbone='{}/detector.pth'), 'detector.pth. is of a detector, not of resnet18:'),
+    (
+        dict(weights_backbone='{}/detector.pth'),
+        'detector.pth. contains a detector, not resnet18_mrla: pass it as `weights`',
+    ),
+    (dict(backbone='resnet18', weights_backbone='{}/detector.pth'), 'detector.pth. contains a detector, not resnet18:'),
     (dict(backbone='resnet18', weights_backbone='{}/classifier.pth'), 'classifier.pth. does not fit'),
     (dict(backbone='resnet34_mrla', weights_backbone='{}/classifier.pth'), r'it lacks layer1\.2'),
     (dict(weights_backbone='local-dir:{}/detector'), 'detector. holds mask_rcnn, and not resnet18_mrla'),
@@ -396,20 +399,23 @@ BAD = [
     (dict(weights_backbone='hf-hub:user/nothing'), "'hf-hub:user/nothing' holds no model: .*Repository Not Found"),
     (dict(weights='nowhere.pth'), "no checkpoint 'nowhere.pth'"),
     (dict(weights='{}/text.pth'), 'text.pth. cannot be read as weights alone'),
-    (dict(weights='{}/classifier.pth'), 'classifier.pth. is no checkpoint of a detector; weights_backbone takes those'),
-    (dict(weights='{}/classifier'), 'classifier. holds resnet18_mrla, no detector; weights_backbone takes backbones'),
+    (dict(weights='{}/classifier.pth'), 'not a checkpoint of a detector.*pass weights_backbone=.*/classifier.pth'),
+    (
+        dict(weights='{}/classifier'),
+        'the classifier resnet18_mrla, not a detector.*weights_backbone=.local-dir:.*/classifier',
+    ),
     (dict(weights='{}/empty'), 'empty. holds no model'),
     (dict(weights='hf-hub:user/nothing'), "'hf-hub:user/nothing' holds no model: .*Repository Not Found"),
-    (dict(weights='{}/detector', num_classes=91), 'num_classes is 91, and that of .*detector. is 4'),
-    (dict(weights='{}/detector.pth', num_classes=91), r'num_classes is 91, and that of .*detector\.pth. is 4'),
+    (dict(weights='{}/detector', num_classes=91), 'num_classes is 91, but .*detector. has 4'),
+    (dict(weights='{}/detector.pth', num_classes=91), r'num_classes is 91, but .*detector\.pth. has 4'),
     (
         dict(backbone='resnet18', weights='{}/detector'),
-        'backbone is resnet18, and that of .*detector. is resnet18_mrla',
+        'backbone is resnet18, but .*detector. has resnet18_mrla',
     ),
     (dict(backbone='resnet34_mrla', weights='{}/detector.pth'), r'it lacks backbone\.body\.layer1\.2.* and \d+ more'),
     (
         dict(builder=faster_rcnn, weights='{}/detector'),
-        'architecture is faster_rcnn, and that of .*detector. is mask_rcnn',
+        'architecture is faster_rcnn, but .*detector. has mask_rcnn',
     ),
     (dict(builder=faster_rcnn, weights='{}/detector.pth'), r'the model has no roi_heads\.mask_head'),
     (dict(weights_backbone='{}/classifier.pth', trainable_backbone_layers=6), r'in the range \[0,5\], got 6'),
@@ -434,7 +440,7 @@ def test_an_unknown_argument():
 
 
 def test_from_pretrained_of_a_checkpoint(files):
-    with pytest.raises(ValueError, match=r"detector\.pth' does not say what it is of: build the detector"):
+    with pytest.raises(ValueError, match=r"detector\.pth' does not say which detector it is for: build the detector"):
         from_pretrained(f'{files}/detector.pth')
 
 
@@ -493,8 +499,8 @@ def test_a_picture_of_nothing(tmp_path, monkeypatch):
         (['{}/detector', '{}/nothing.png'], "there is no image '"),
         (['{}/detector', '{}/image.png', '--out', '{}/found.txt'], "found.txt' does not end like a picture"),
         (['{}/detector', '{}/image.png', '--out', '{}/nowhere/found.png'], "there is no folder '"),
-        (['{}/classifier', '{}/image.png'], 'holds resnet18_mrla, no detector'),
-        (['{}/detector.pth', '{}/image.png'], 'does not say what it is of'),
+        (['{}/classifier', '{}/image.png'], 'contains the classifier resnet18_mrla, not a detector'),
+        (['{}/detector.pth', '{}/image.png'], 'does not say which detector it is for'),
         (['nowhere', '{}/image.png'], "there is no checkpoint 'nowhere'"),
         (['{}/string', '{}/image.png'], "string' holds no model: its config.json names no architecture"),
         (['{}/list', '{}/image.png'], "list' holds no model: its config.json names no architecture"),

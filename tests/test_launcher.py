@@ -13,7 +13,7 @@ import timm
 from slow import slow_except
 
 import timm_mrla
-from timm_mrla import launcher as launcher_module
+from timm_mrla.cli import launcher as launcher_module
 from timm_mrla.cli import main
 
 PYTHON = [sys.executable]

@@ -17,7 +17,7 @@ from timm.utils.model import reparameterize_model
 
 import timm_mrla  # noqa: F401
 from timm_mrla.models import ceit
-from timm_mrla.models._weights import convert_state_dict
+from timm_mrla.state_dict import convert_state_dict
 
 REFERENCE = Path(__file__).parent / 'reference'
 MODELS = {

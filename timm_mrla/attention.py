@@ -1,4 +1,4 @@
-"""What the blocks of a model retrieve from each other by layer attention, and what that does to their maps."""
+"""Shows what layer attention does in a model: the weights between its blocks, and the change of their feature maps."""
 
 import inspect
 from collections import Counter
@@ -11,13 +11,13 @@ from torch import nn
 
 from timm_mrla.layers import MrlaBase, layer_attentions, to_map
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
-from timm_mrla.models._weights import WRAPPERS
+from timm_mrla.state_dict import WRAPPERS
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 
 
 class LayerAttention(dict[str, torch.Tensor]):
-    """Stage -> weights, and in `blocks` and `heads`, stage -> names of its blocks and number of its heads."""
+    """Weights by stage; `blocks` has the names of the blocks by stage, `heads` the number of heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,8 +25,8 @@ class LayerAttention(dict[str, torch.Tensor]):
         self.heads: dict[str, int] = {}
 
 
-def by_block(model: nn.Module) -> dict[str, nn.Module]:
-    """The layer attentions by the blocks that hold them, or by their own names where one module holds several."""
+def layers_by_block(model: nn.Module) -> dict[str, nn.Module]:
+    """The layer attentions of a model, by the names of their blocks; by their own names if a block has several."""
     if any(isinstance(module, InferenceLight | InferenceBase) for module in model.modules()):
         raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
     found = {WRAPPERS.sub('', name): layer for name, layer in layer_attentions(model).items()}
@@ -34,28 +34,28 @@ def by_block(model: nn.Module) -> dict[str, nn.Module]:
         raise ValueError(
             f"{type(model).__name__} has no layer attention; timm.list_models('*_mrla*') lists models that have it"
         )
-    holders = {name: name.rpartition('.')[0] for name in found}
-    count = Counter(filter(None, holders.values()))
-    return {holders[name] if count[holders[name]] == 1 else name: m for name, m in found.items()}
+    parents = {name: name.rpartition('.')[0] for name in found}
+    count = Counter(filter(None, parents.values()))
+    return {parents[name] if count[parents[name]] == 1 else name: m for name, m in found.items()}
 
 
-def find(model: nn.Module, block: str) -> nn.Module:
-    """The layer attention of a block."""
-    attentions = by_block(model)
-    if block not in attentions:
-        raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(attentions)}')
-    return attentions[block]
+def layer_of_block(model: nn.Module, block: str) -> nn.Module:
+    """The layer attention of a block; ValueError if there is none."""
+    layers = layers_by_block(model)
+    if block not in layers:
+        raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(layers)}')
+    return layers[block]
 
 
 def run_with_hooks(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]) -> None:
-    """Pass images through a model with forward hooks on some of its modules, and leave no trace in it."""
+    """Run a model in evaluation mode with forward hooks on some modules; afterwards, hooks and modes are as before."""
     if images.ndim not in (3, 4):
         raise ValueError(f'images {[*images.shape]} are neither [C, H, W] nor [B, C, H, W]')
     images = images.to(next(model.parameters()))
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance('force_eager'))  # hooks would have it compiled again
+        stack.enter_context(torch.compiler.set_stance('force_eager'))  # hooks would trigger a new compilation
         for module, hook in hooks.items():
             stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
         try:
@@ -73,25 +73,25 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 
 
 def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
-    """What each block of a stage retrieves from each block up to itself.
+    """Compute how much each block of a stage retrieves from each block before it, and from itself.
 
-    W[t, s] weighs the value of block s in what block t retrieves. It is 0 for s > t, and
+    W[t, s] is the weight of the value of block s in the output of layer attention in block t. It is 0 for s > t.
 
-    * in MRLA-base, the softmax over s <= t of <q_t, k_s> / sqrt(d): rows sum to one,
-    * in MRLA-light, what the recursion `m_t = g_t * v_t + lam_t * m_{t-1}` amounts to, the gate of block s times the
-      product of lam over the blocks after it: `W[t, s] = g_s * lam_{s+1} * ... * lam_t`, of either sign. The shortcuts
-      of the models hold more than m_{t-1}, and m_{t-1} normed in most; W is of the recursion alone.
+    * In MRLA-base, W is the softmax over s <= t of <q_t, k_s> / sqrt(d), so rows sum to one.
+    * In MRLA-light, W follows from the recursion `m_t = g_t * v_t + lam_t * m_{t-1}`: the gate of block s times lam of
+      all blocks after it, `W[t, s] = g_s * lam_{s+1} * ... * lam_t`, of either sign. In the models, layer attention
+      reads the block's shortcut, which contains more than m_{t-1}; W describes the recursion only.
 
-    A stage of MRLA-base begins with an empty memory. One of MRLA-light begins where another module holds the blocks, or
-    the maps have another shape. A stage has the name of the module that holds its blocks, or that of its first block if
-    that module is the model or holds several stages.
+    With MRLA-base, a stage starts with an empty memory. With MRLA-light, it starts where the parent module or the shape
+    of the maps changes. A stage is named after the parent module of its blocks, or after its first block if the parent
+    is the model or contains several stages.
 
-    The images pass through the model once, in evaluation mode, since in training mode a look would change the
-    statistics of norms. Then each module has the mode that it had, and no hook is left.
+    The images pass through the model once, in evaluation mode, because training mode would update running statistics.
+    Afterwards all modes are as before.
 
     Args:
         model: A model with layer attention.
-        images: Images [B, C, H, W] or one image [C, H, W], transformed as for the model, on any device.
+        images: Images [B, C, H, W] or one image [C, H, W], transformed as the model needs them, on any device.
 
     Returns:
         For each stage of T blocks, W [B, heads, T, T] of MRLA-base or [B, C, T, T] of MRLA-light, float32 or wider.
@@ -105,8 +105,8 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
     def record(block: str, mrla: nn.Module) -> Callable[..., None]:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
-    attentions = by_block(model)
-    run_with_hooks(model, images, {mrla.attn: record(block, mrla) for block, mrla in attentions.items()})
+    layers = layers_by_block(model)
+    run_with_hooks(model, images, {mrla.attn: record(block, mrla) for block, mrla in layers.items()})
 
     stages, last_place = [], None
     for block, mrla, shape, out in calls:
@@ -137,22 +137,22 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
 
 
 def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maps of a block before and after its layer attention, whose difference is what that adds.
+    """Return the feature maps of a block before and after layer attention is added.
 
-    The model is run as by `layer_attention`.
+    The images pass through the model as in `layer_attention`.
 
     Args:
         model: A model with layer attention.
-        images: Images [B, C, H, W] or one image [C, H, W], transformed as for the model, on any device.
+        images: Images [B, C, H, W] or one image [C, H, W], transformed as the model needs them, on any device.
         block: Name of the block, such as `layer3.5`.
 
     Returns:
-        Both maps [B, C, H, W], of tokens that of the patches, float32 or wider.
+        Both maps [B, C, H, W], float32 or wider. Of tokens, the map of the patches.
 
     Raises:
-        ValueError: As in `layer_attention`, or there is no layer attention in such a block.
+        ValueError: As in `layer_attention`, or the block has no layer attention.
     """
-    mrla = find(model, block)
+    mrla = layer_of_block(model, block)
     maps = []
 
     def record(mrla: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor | tuple) -> None:

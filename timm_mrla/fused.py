@@ -1,4 +1,4 @@
-"""Says where the fused kernels of layer attention run in a model, and why not elsewhere."""
+"""Tells why the fused kernels of layer attention do or do not run in a model."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ __all__ = ['why_not_fused']
 
 
 def why_not_fused(model: nn.Module, images: torch.Tensor) -> dict[str, str]:
-    """Why each layer attention of a model does not run in the fused kernels, which are for GPUs.
+    """Tell for each layer attention of a model why it does not run in the fused kernels, which are for GPUs.
 
     The images pass through the model once, in evaluation mode. Call this under the autocast of your training, if any.
 
@@ -21,7 +21,7 @@ def why_not_fused(model: nn.Module, images: torch.Tensor) -> dict[str, str]:
         images: Images [B, C, H, W] or one image [C, H, W], on the device and in the memory format of your training.
 
     Returns:
-        The name of each layer attention, and the reason in one sentence, empty where the kernels run.
+        The reason by name of the layer attention, one sentence, empty where the kernels run.
     """
     folded = {n: m for n, m in model.named_modules() if isinstance(m, InferenceLight | InferenceBase)}
     layers, found = {**layer_attentions(model), **folded}, {}

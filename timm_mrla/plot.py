@@ -1,23 +1,18 @@
-"""Draws attention and comparisons, in colours that colour-blind readers can tell apart."""
+"""Draws layer attention and feature maps, in colours that colour-blind readers can tell apart."""
 
-import itertools
 import math
 from textwrap import fill
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from timm_mrla.attention import LayerAttention
 
-__all__ = ['plot_attention', 'plot_comparison', 'plot_feature_maps']
+__all__ = ['plot_attention', 'plot_feature_maps']
 
 # in inches
 _LETTER = 0.085  # width of a letter of 10 points
@@ -26,7 +21,7 @@ _BAR = 0.7  # width of the scale of colours with its numbers
 
 
 def _colors(values: list[torch.Tensor]) -> ScalarMappable:
-    """One scale of colours for all values: from 0 on, or about 0 if some are negative."""
+    """One scale of colours for all values: from 0 to the largest, or symmetric about 0 if some are negative."""
     low = min(v.min().item() for v in values)
     high = max(v.max().item() for v in values)
     if low < 0:
@@ -36,7 +31,7 @@ def _colors(values: list[torch.Tensor]) -> ScalarMappable:
 
 
 def _heat_maps(ax: Axes, weights: torch.Tensor, blocks: list[str], columns: int, colors: ScalarMappable) -> None:
-    """Draw weights [n, T, T] in rows of so many, numbered if there are several; the lower left one names its blocks."""
+    """Draw weights [n, T, T] as a grid of heat maps, numbered if there are several; the lower left one has labels."""
     n, T, _ = weights.shape
     gap = int(n > 1)
     tiles = weights.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), torch.nan)
@@ -64,12 +59,12 @@ def _numbers(ax: Axes, weights: torch.Tensor, colors: ScalarMappable) -> None:
 
 
 def plot_attention(attention: LayerAttention, heading: str, titles: list[str], heads: bool = False) -> Figure:
-    """Heat maps of the weights, for each stage one that averages over heads, or one for each head.
+    """Draw a heat map of the weights for each stage, averaged over heads, or one for each head.
 
     Args:
-        attention: What `layer_attention` returned for B images.
+        attention: The result of `layer_attention` for B images.
         heading: The figure's heading.
-        titles: A title for each of the B images, which stand side by side on one scale of colours.
+        titles: A title for each of the B images, which are drawn side by side on one scale of colours.
         heads: Draw each head.
     """
     panels = {}
@@ -78,7 +73,7 @@ def plot_attention(attention: LayerAttention, heading: str, titles: list[str], h
         panels[stage] = weights if heads else weights.mean(1, keepdim=True)
     colors = _colors([*panels.values()])
 
-    # all lengths in inches; a cell is as high as the name of a block, or higher
+    # all lengths in inches; a cell must be as high as the name of a block
     names = [block for blocks in attention.blocks.values() for block in blocks]
     label = 0.7 * _LETTER * max(map(len, names)) + 0.1
     cell = 0.12 if heads else min(0.42, max(0.12, 3 / max(map(len, attention.blocks.values()))))
@@ -108,7 +103,7 @@ def plot_attention(attention: LayerAttention, heading: str, titles: list[str], h
         return fig.add_axes((left / W, 1 - (top + height) / H, width / W, height / H))
 
     def text(left: float, top: float, text: str, **style) -> None:
-        # a file's name may have dollar signs
+        # names of files may contain dollar signs
         fig.text(left / W, 1 - top / H, text, va='top', parse_math=False, **style)
 
     text(_EDGE, 0.15, heading, fontsize=13)
@@ -130,13 +125,13 @@ def plot_attention(attention: LayerAttention, heading: str, titles: list[str], h
 
 
 def plot_feature_maps(before: torch.Tensor, after: torch.Tensor, heading: str, titles: list[str]) -> Figure:
-    """Maps of a block before and after layer attention: the mean of the channels, and those that change most.
+    """Draw the maps of a block before and after layer attention: the mean over channels, and those that change most.
 
     Args:
-        before: Maps [B, C, H, W], the first that `feature_maps` returned.
-        after: Maps [B, C, H, W], the second.
+        before: Maps [B, C, H, W], the first result of `feature_maps`.
+        after: Maps [B, C, H, W], the second result.
         heading: The figure's heading.
-        titles: A title for each of the B images, which stand side by side.
+        titles: A title for each of the B images, which are drawn side by side.
     """
     B, C, H, W = before.shape
     maps = torch.stack([before, after], dim=2).cpu()  # [B, C, 2, H, W]
@@ -157,47 +152,4 @@ def plot_feature_maps(before: torch.Tensor, after: torch.Tensor, heading: str, t
                 ax.spines[:].set_visible(False)
         axes[0, 0].set_ylabel('before', fontsize=8)
         axes[1, 0].set_ylabel('after', fontsize=8)
-    return fig
-
-
-def plot_comparison(results: dict[str, Any]) -> Figure:
-    """Learning curves, mean and range over seeds, and the paired differences to the plain backbones.
-
-    Args:
-        results: What `timm_mrla.compare.compare` writes as JSON.
-    """
-    metric, models = results['metric'], [row['model'] for row in results['comparisons']]
-    rows = [row for row in results['comparisons'] if 'difference' in row]
-    plain = [name for name in results['arms'] if name not in models]
-    colors = dict(zip(models, colormaps['cividis'](np.linspace(0, 0.8, len(models))), strict=True))
-    # those that have no colour are plain
-    styles = dict(zip(plain, itertools.cycle(['-', '--', ':', '-.']), strict=False))
-
-    height = 3.2 + 0.7 * max(0, len(rows) - 2) + 0.2 * math.ceil(len(results['arms']) / 2)
-    fig = Figure(figsize=(10, height), dpi=120, layout='constrained')
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
-    for name, arm in results['arms'].items():
-        curves = [{int(epoch): value for epoch, value in run['curve'].items()} for run in arm['runs'].values()]
-        if not curves:
-            continue
-        epochs = sorted(set.intersection(*map(set, curves)))
-        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-        x, look = [epoch + 1 for epoch in epochs], {'color': colors.get(name, 'darkorange')}
-        left.plot(x, values.mean(0), styles.get(name, '-'), label=name, marker='.', **look)
-        left.fill_between(x, values.min(0), values.max(0), alpha=0.15, linewidth=0, **look)
-    left.set(xlabel='epochs', ylabel=metric)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_title('mean and range over seeds', fontsize=10, loc='left')
-
-    for y, row in enumerate(rows):
-        look, gap = {'color': colors[row['model']]}, row['difference']
-        right.plot(row['differences'], [y - 0.1] * len(row['differences']), 'o', alpha=0.4, markeredgewidth=0, **look)
-        right.errorbar(gap['mean'], y + 0.1, xerr=(gap['high'] - gap['low']) / 2, fmt='D', capsize=4, **look)
-    right.axvline(0, color='darkorange', zorder=0)
-    right.set(yticks=range(len(rows)), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
-    right.set_yticklabels([row['model'].replace('.', '\n') for row in rows], fontsize=8)
-    right.set_title('differences by seed; mean and 95 % interval', fontsize=10, loc='left')
-    fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
-    for ax in (left, right):
-        ax.spines[['top', 'right']].set_visible(False)
     return fig

@@ -1,4 +1,4 @@
-"""Layer attention on a model that a user has."""
+"""Adds layer attention to a model that a user has built, and lists the blocks that support it."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,11 @@ from torch import nn
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models._graft import LightBlock, Sites, find_sites, graft
 from timm_mrla.models._registry import BACKBONES
-from timm_mrla.models._weights import forget_source
+from timm_mrla.models._weights import drop_weights_description
 
 
 def _entry(model: nn.Module) -> str:
-    """The name of a model in timm's registry, without layer attention; '' if it has none."""
+    """The name in timm's registry of a model, or of its plain backbone; empty if there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'a model is needed, and {model!r:.80} is none; timm.create_model builds one')
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or ''
@@ -19,20 +19,20 @@ def _entry(model: nn.Module) -> str:
 
 
 def sites(model: nn.Module) -> Sites:
-    """The blocks of a model, and which of them can have layer attention.
+    """List the blocks of a model, and which of them support layer attention.
 
     Args:
         model: A model of timm's, with or without layer attention.
 
     Returns:
-        For each block, in their order: its name, the name of its class, channels, the form and the layout of layer
-        attention, and the reason why it can have none, empty if it can. Printed, a table.
+        The blocks in order: name, name of the class, channels, form and layout of layer attention, and the reason why
+        the block supports none, empty if it does. Printed, a table.
     """
     return find_sites(model, LightBlock, _entry(model))
 
 
 def _wrapper(model: nn.Module) -> str:
-    """What a model or a part of it is wrapped by, if it is."""
+    """The name of a wrapper around a model or a part of it; empty if there is none."""
     from torch.distributed.fsdp import FSDPModule  # slow to import
 
     if getattr(model, '_compiled_call_impl', None) is not None or hasattr(model, '_orig_mod'):
@@ -49,45 +49,34 @@ def _wrapper(model: nn.Module) -> str:
 
 
 def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity: bool = True) -> nn.Module:
-    """Add MRLA-light to a model of timm's, in place.
+    """Add MRLA-light to every supported block of a model of timm's, in place, as its child `mrla`; return the model.
 
-    Each block that can have it gets a child `mrla`. The backbone keeps its parameters and their names, device, dtype,
-    memory format, mode and what requires gradients. What `timm.create_model` built can then be saved and published, and
-    loads as the entry `<name>_mrla`.
+    The backbone keeps its parameters, their names, device, dtype, memory format, mode and `requires_grad`. A model that
+    `timm.create_model` built can be saved and published afterwards, and loads as the entry `<name>_mrla`.
 
-    timm's `freeze_batch_norm_2d` on the result freezes the norms of layer attention too; freeze first, then attach.
-    Where layer attention has stochastic depth, it draws random numbers of its own, so that in training mode the
-    backbone's blocks drop other samples than without it.
+    timm's `freeze_batch_norm_2d` freezes the norms of layer attention too: freeze first, then attach. With stochastic
+    depth, layer attention draws random numbers of its own, so the backbone drops other samples than without it.
 
     Args:
         model: The model.
-        blocks: Patterns of names of blocks, as of the shell, such as 'stages.2.*'; all that can have it if None.
-        identity: It adds exactly nothing until it is trained, with a gradient from the first step on. Otherwise it is
-            initialized as for training from scratch.
-
-    Returns:
-        The same model.
+        blocks: Shell-style patterns of names of blocks, such as 'stages.2.*'; by default, all supported blocks.
+        identity: Whether the outputs stay bit-identical until you train; the new layers receive gradients from the
+            first step. Otherwise layer attention is initialized as for training from scratch.
 
     Raises:
-        TypeError: It is no model, or a pattern is no string.
-        ValueError: The model has layer attention, is wrapped, or has no block that can have it, or a pattern matches
-            none.
+        TypeError: `model` is no model, or a pattern is no string.
+        ValueError: The model has layer attention, is wrapped, or has no supported block, or a pattern matches none.
     """
     backbone = _entry(model)
     if layer_attentions(model):
         raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
     if wrapper := _wrapper(model):
         raise ValueError(f'{type(model).__name__} is wrapped by {wrapper}; attach first, then wrap')
-    if blocks is not None:
-        given, blocks = blocks, [*blocks] if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
-        if not all(isinstance(pattern, str) for pattern in blocks):
-            raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
-    graft(model, LightBlock, backbone, blocks, identity)
+    patterns = graft(model, LightBlock, backbone, blocks, identity)
     entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
     if entry:
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': entry}
-        forget_source(model)
-        if blocks is not None:
-            # where timm keeps the arguments that a model is built with, for saving it
-            model._model_args = {**getattr(model, '_model_args', {}), 'mrla_blocks': blocks}
+        drop_weights_description(model)
+        if patterns is not None:  # timm saves these arguments with the model
+            model._model_args = {**getattr(model, '_model_args', {}), 'mrla_blocks': patterns}
     return model

@@ -1,7 +1,7 @@
-"""Layer attention in a model that timm built: which of its blocks can have it, and how they get it.
+"""Adds layer attention to a model of timm's: finds the blocks that support it, and changes their class.
 
-A block becomes one of a subclass that calls layer attention after timm's own forward pass, and gets a child `mrla`. The
-names of the backbone's parameters stay, and with them checkpoints, filters, layer decay and feature extraction.
+A block becomes an instance of a subclass, which calls timm's forward pass and then layer attention, its child `mrla`.
+The names of the backbone's parameters stay, so checkpoints, layer decay and feature extraction work as before.
 """
 
 import copy
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ from timm import layers
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
-from timm_mrla.models._weights import start_as_backbone
+from timm_mrla.models._weights import zero_gates
 
-# norms over the last dimension -> their like for maps [B, C, H, W]
-_LIKE = {
+# norms over the last dimension -> the same norms for maps [B, C, H, W]
+_NORMS_2D = {
     nn.LayerNorm: layers.LayerNorm2d,
     layers.LayerNorm: layers.LayerNorm2d,
     layers.RmsNorm: layers.RmsNorm2d,
@@ -29,7 +30,7 @@ _LIKE = {
 
 
 class Site(NamedTuple):
-    """A block, and the layer attention that it can have, or why it can have none."""
+    """A block, and the layer attention that it supports, or the reason why it supports none."""
 
     name: str
     block: str
@@ -54,49 +55,39 @@ class Sites(list[Site]):
 
 
 class Host:
-    """Before a class of timm's among the bases: what holds the blocks, and hands them what timm's own does not."""
+    """Base of classes that hold blocks and pass them arguments that timm does not pass; a class of timm's follows."""
 
     stock: type[nn.Module]  # timm's class
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not hasattr(cls, 'stock') and not issubclass(cls.__bases__[-1], Host):  # others make subclasses too: FSDP
+        if not hasattr(cls, 'stock') and not issubclass(cls.__bases__[-1], Host):  # FSDP makes subclasses too
             cls.stock = cls.__bases__[-1]
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> None:
-        """Make a module of timm's class one of this class."""
+    def convert(cls, module: nn.Module) -> None:
+        """Change the class of a module of timm's to this class."""
         module.__class__ = cls
 
     @staticmethod
-    def refusal(module: nn.Module) -> str:
-        """Why its blocks can have no layer attention; empty if they can."""
+    def unsupported(module: nn.Module) -> str:
+        """The reason why the blocks of a module support no layer attention; empty if they do."""
         return ''
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the blocks of a class get layer attention.
+    """How the blocks of a class get layer attention."""
 
-    Args:
-        form: Form of the layer.
-        norm: Name of a norm of the block's width, which the norms of the layer are like, or a function of the block.
-        layout: Layout of what the block returns, or a function of the block.
-        where: Whether a block has a shortcut that keeps the shape.
-        hosts: What must hold the blocks.
-        num_heads: Heads, if the width can be divided so; by default a head is as wide as the form allows.
-        init_v: Initialization of the value's convolution in the paper's code, where it is not torch's.
-        not_in: timm's entries where these blocks have none in the paper.
-    """
-
-    form: str
-    norm: str | Callable[[nn.Module], nn.Module]
-    layout: str | Callable[[nn.Module], str] = 'NCHW'
-    where: Callable[[nn.Module], bool] = lambda block: True
-    hosts: tuple[type[Host], ...] = ()
-    num_heads: int | None = None
-    init_v: Callable[[torch.Tensor], Any] | None = None
-    not_in: tuple[str, ...] = ()
+    form: str  # of the layer
+    norm: str | Callable[[nn.Module], nn.Module]  # name of a norm of the block's width, or a function of the block
+    layout: str | Callable[[nn.Module], str] = 'NCHW'  # of the block's output, or a function of the block
+    where: Callable[[nn.Module], bool] = lambda block: True  # whether its shortcut keeps the shape
+    hosts: tuple[type[Host], ...] = ()  # classes for the module that holds the blocks, if they need one
+    takes_grid: bool = False  # whether timm's block itself takes the grid of its tokens, after x
+    num_heads: int | None = None  # if it divides the width; by default, heads are as wide as the form allows
+    init_v: Callable[[torch.Tensor], Any] | None = None  # of the value's convolution in the paper, if not torch's
+    not_in: tuple[str, ...] = ()  # entries of timm whose blocks of this class have none in the paper
 
     def norm_of(self, block: nn.Module) -> nn.Module:
         """The norm of a block."""
@@ -104,18 +95,18 @@ class Recipe:
 
 
 class _Block:
-    """Before a class of timm's blocks among the bases: the block, followed by layer attention."""
+    """Base of blocks with layer attention; a class of timm's blocks follows."""
 
     stock: type[nn.Module]  # timm's class
     recipe: Recipe
     layer: type[nn.Module]
     prefix: str
-    max_dim_head: dict[str, int]
-    classes: dict[type[nn.Module], type['_Block']]  # by timm's
+    max_dim_head: dict[str, int]  # by form
+    classes: dict[type[nn.Module], type['_Block']]  # timm's class -> ours
 
     @classmethod
     def define(cls, module: str, recipes: dict[type[nn.Module], Recipe]) -> None:
-        """Make a class of this one and of each of timm's, in a module of ours, where pickle finds it."""
+        """Define a subclass for each class of timm's, in a module of ours, where pickle finds it."""
         for block, recipe in recipes.items():
             doc = f"timm's {block.__name__}, followed by {cls.layer.__name__}."
             name = cls.prefix + block.__name__
@@ -125,21 +116,21 @@ class _Block:
 
     @classmethod
     def host_of(cls, owner: nn.Module) -> type[Host] | None:
-        """The host that a module is or can become."""
+        """The host class that a module has or can get."""
         hosts = cls.recipe.hosts
         return next((host for host in hosts if isinstance(owner, host) or type(owner) is host.stock), None)
 
     @classmethod
     def site(cls, name: str, block: nn.Module, owner: nn.Module, entry: str) -> Site:
-        """A block, in the module that holds its list of blocks, as a site."""
+        """Describe a block, which is in a list of blocks of the module `owner`."""
         recipe, host = cls.recipe, cls.host_of(owner)
         weight = getattr(recipe.norm_of(block), 'weight', None)
         if entry in recipe.not_in:
             reason = 'in the paper it has none'
         elif recipe.hosts and host is None:
             reason = f'{type(owner).__name__} does not tell it the grid of its tokens'
-        elif host and host.refusal(owner):
-            reason = host.refusal(owner)
+        elif host and host.unsupported(owner):
+            reason = host.unsupported(owner)
         elif not recipe.where(block):
             reason = 'it has no shortcut that keeps the shape'
         else:
@@ -149,8 +140,8 @@ class _Block:
         return Site(name, cls.stock.__name__, channels, recipe.form, layout, reason)
 
     @classmethod
-    def graft(cls, block: nn.Module, site: Site, drop_path: float | None) -> None:
-        """Make a block one of this class."""
+    def convert(cls, block: nn.Module, site: Site, drop_path: float | None) -> None:
+        """Change the class of a block of timm's to this class, and add layer attention."""
         recipe, dd, dim = cls.recipe, layers.get_device_dtype(block), site.channels
         if recipe.num_heads:
             dim_head = dim // math.gcd(dim, recipe.num_heads)
@@ -159,7 +150,7 @@ class _Block:
         if drop_path is None:
             own = [m.drop_prob for m in block.modules() if isinstance(m, layers.DropPath)]
             drop_path = own[-1] if own and site.form == 'post' else 0.0
-        norm_layer = _like(recipe.norm_of(block), on_maps=site.form == 'post' or site.layout == 'NCHW')
+        norm_layer = partial(_new_norm, recipe.norm_of(block), site.form == 'post' or site.layout == 'NCHW')
         mrla = cls.layer(dim, dim_head, norm_layer, site.form, site.layout, drop_path=drop_path, **dd)
         if recipe.init_v:
             recipe.init_v(mrla.v.weight)
@@ -167,54 +158,54 @@ class _Block:
         block.mrla = mrla.train(block.training)
 
 
-def _like(norm: nn.Module, on_maps: bool) -> Callable[..., nn.Module]:
-    """A layer that builds norms like one of the model's: fresh, and without activation."""
-
-    def build(dim: int, device=None, dtype=None) -> nn.Module:
-        if on_maps and type(norm) in _LIKE:
-            return _LIKE[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
-        if not any(True for _ in norm.parameters()):  # a batch norm that was frozen; this one must learn
-            return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
-        fresh = copy.deepcopy(norm).requires_grad_()
-        if hasattr(fresh, 'act'):
-            fresh.act = nn.Identity()
-        if getattr(fresh, 'bias', None) is None:  # torch 2.9 cannot reset a norm without bias
-            nn.init.ones_(fresh.weight)
-        else:
-            fresh.reset_parameters()
-        return fresh
-
-    return build
+def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None) -> nn.Module:
+    """Build a new norm like one of the block's, without activation."""
+    if on_maps and type(norm) in _NORMS_2D:
+        return _NORMS_2D[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
+    if not [*norm.parameters()]:  # a frozen batch norm has none, but the new one must learn
+        return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
+    fresh = copy.deepcopy(norm).requires_grad_()
+    if hasattr(fresh, 'act'):
+        fresh.act = nn.Identity()
+    if getattr(fresh, 'bias', None) is None:  # torch 2.9 cannot reset a norm without bias
+        nn.init.ones_(fresh.weight)
+    else:
+        fresh.reset_parameters()
+    return fresh
 
 
 class LightBlock(_Block):
-    """With MRLA-light: tensor in, tensor out."""
+    """A block with MRLA-light: `x = block(x)`."""
 
     layer, prefix, max_dim_head, classes = MrlaLight, 'Mrla', {'post': 32, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *args, feat_size: Grid = None, **kwargs) -> torch.Tensor:
+        if self.recipe.takes_grid:
+            args = args or (feat_size,)
+            feat_size = args[0]
         return self.mrla(super().forward(x, *args, **kwargs), x, feat_size)
 
 
 class BaseBlock(_Block):
-    """With MRLA-base: `x, *memory = block(x, *memory)`, since checkpointing sees no tensors that are nested."""
+    """A block with MRLA-base: `x, *memory = block(x, *memory)`; checkpointing cannot see tensors in nested tuples."""
 
     layer, prefix, max_dim_head, classes = MrlaBase, 'MrlaBase', {'post': 16, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: Grid = None, **kwargs) -> Memory:
         if isinstance(x, tuple):
             raise TypeError('a block of MRLA-base passes its memory on: x, *memory = block(x, *memory, feat_size=...)')
-        x, memory = self.mrla(super().forward(x, **kwargs), memory, feat_size)
+        args = (feat_size,) if self.recipe.takes_grid else ()
+        x, memory = self.mrla(super().forward(x, *args, **kwargs), memory, feat_size)
         return x, *memory
 
 
 def _owner(name: str) -> str:
-    """The name of what holds the list of blocks that a block is in."""
+    """The name of the module that a block's list belongs to: 'stages.1' for 'stages.1.blocks.0'."""
     return name.rpartition('.')[0].rpartition('.')[0]
 
 
 def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
-    """The blocks of a model, one of timm's entries, and the layer attention of a kind that they can have or have."""
+    """List the blocks of a model, an entry of timm, and the layer attention of a kind that they support or have."""
     sites, modules, last = Sites(), dict(model.named_modules()), None
     for name, block in modules.items():
         cls = type(block) if isinstance(block, kind) else kind.classes.get(type(block))
@@ -222,6 +213,25 @@ def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
             sites.append(cls.site(name, block, modules[_owner(name)], entry))
             last = name
     return sites
+
+
+def _choose(found: Sites, patterns: list[str] | None, kind: type[_Block], title: str) -> list[Site]:
+    """The sites that match a pattern; ValueError if there are none, or if a pattern matches none."""
+    sites = [site for site in found if not site.reason]
+    if not found:
+        known = ', '.join(sorted({cls.__module__.rpartition('.')[2] for cls in kind.classes.values()}))
+        raise ValueError(f'{title} has no block that can have layer attention; known are those of timm.models: {known}')
+    if not sites:
+        raise ValueError(f'no block of {title} can have layer attention: {found[0].name}: {found[0].reason}')
+    if patterns is None:
+        return sites
+    for pattern in patterns or ['']:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise ValueError(
+                f'{pattern!r} matches no block of {title} that can have layer attention; these can: '
+                f'{sites[0].name} to {sites[-1].name}, and timm_mrla.sites(model) lists them all'
+            )
+    return [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
 
 
 def graft(
@@ -232,43 +242,31 @@ def graft(
     identity: bool = False,
     drop_path: float | None = None,
     **host_args,
-) -> None:
-    """Give layer attention of a kind to the blocks of a model, one of timm's entries, that can have it.
+) -> list[str] | None:
+    """Add layer attention of a kind to the supported blocks of a model, an entry of timm, in place.
 
-    blocks are patterns of names of blocks, all by default; with identity it adds exactly nothing until it is trained;
-    drop_path is by default that of the block in the form `post`, else 0; host_args go to what holds the blocks. A bad
-    choice raises ValueError, an unknown argument TypeError.
+    `blocks` are patterns of names, by default of all blocks; they are returned as a list. `identity` makes layer
+    attention add exactly nothing until it is trained. `drop_path` is by default the block's own in the form `post`,
+    else 0. `host_args` go to the hosts.
     """
     if drop_path is not None and not 0.0 <= drop_path < 1.0:
         raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
-    found = find_sites(model, kind, entry)
-    sites = [site for site in found if not site.reason]
-    title = entry or type(model).__name__
-    if not found:
-        known = ', '.join(sorted({cls.__module__.rpartition('.')[2] for cls in kind.classes.values()}))
-        raise ValueError(f'{title} has no block that can have layer attention; known are those of timm.models: {known}')
-    if not sites:
-        raise ValueError(f'no block of {title} can have layer attention: {found[0].name}: {found[0].reason}')
     if blocks is not None:
-        patterns = [blocks] if isinstance(blocks, str) else [*blocks]
-        for pattern in patterns or ['']:
-            if not any(fnmatchcase(site.name, pattern) for site in sites):
-                raise ValueError(
-                    f'{pattern!r} matches no block of {title} that can have layer attention; these can: '
-                    f'{sites[0].name} to {sites[-1].name}, and timm_mrla.sites(model) lists them all'
-                )
-        sites = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
-
+        given, blocks = blocks, [*blocks] if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
+        if not all(isinstance(pattern, str) for pattern in blocks):
+            raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
+    title = entry or type(model).__name__
     modules, hosts = dict(model.named_modules()), {}
-    for site in sites:
+    for site in _choose(find_sites(model, kind, entry), blocks, kind, title):
         block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]
-        cls.graft(block, site, drop_path)
+        cls.convert(block, site, drop_path)
         if host := cls.host_of(owner):
             hosts[owner] = host
     for owner, host in hosts.items():
-        host.adopt(owner, **host_args)
+        host.convert(owner, **host_args)
     if identity:
-        start_as_backbone(model)
+        zero_gates(model)
     if host_args and not hosts:
         raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')
+    return blocks

@@ -1,4 +1,4 @@
-"""Runs timm's loops over blocks with what these do not pass on: the grid of tokens, the memory of MRLA-base."""
+"""Passes the grid of tokens, or the memory of MRLA-base, to blocks in timm's own loops over them."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,48 +31,45 @@ class SelfWithOverrides:
         return getattr(self._module, name)
 
 
-class Calls(list[Callable[..., Any]]):
-    """A list of functions that is called as the `nn.Sequential` in whose place it stands."""
+class FunctionList(list[Callable[..., Any]]):
+    """Functions in place of an `nn.Sequential`: timm calls it or loops over it."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for call in self:
-            x = call(x)
+        for fn in self:
+            x = fn(x)
         return x
 
 
 def _hides(block: nn.Module) -> bool:
-    """Whether a module in the place of a block is a user's wrapper that hides layer attention.
-
-    A wrapper that passes attributes on, such as torch's for checkpointing, hides nothing.
-    """
+    """Whether a user's wrapper in place of a block hides layer attention. Wrappers that pass attributes on do not."""
     return not hasattr(block, 'mrla') and type(block) not in LightBlock.classes and bool(layer_attentions(block))
 
 
-def _hidden(block: nn.Module, needs: str) -> ValueError:
+def _hidden_error(block: nn.Module, needs: str) -> ValueError:
     return ValueError(
         f'{type(block).__name__} hides a block with layer attention, which needs {needs}: give it the attribute `mrla` '
         'of the block, and let its forward pass all arguments and results on'
     )
 
 
-def with_grid(blocks: Iterable[nn.Module], feat_size: tuple[int, int], own: Grid = None) -> Calls:
-    """Blocks as functions of tokens, where those with layer attention get the grid (H, W) of the tokens.
+def with_grid(blocks: Iterable[nn.Module], feat_size: tuple[int, int], own: Grid = None) -> FunctionList:
+    """Blocks as functions of tokens; those with layer attention get the grid (H, W) of the tokens.
 
-    On the grid own, of the model's own input size, a wrapper may hide a block, because blocks assume that grid.
+    `own` is the grid of the model's own input size. Blocks assume it by default, so wrappers may hide them there.
     """
     for block in blocks:
-        if _hides(block) and feat_size != own:
-            raise _hidden(block, f'the grid of its tokens, here {feat_size}')
-    return Calls([partial(b, feat_size=feat_size) if hasattr(b, 'mrla') else b for b in blocks])
+        if _hides(block) and feat_size != own:  # in this order: torch.fx cannot compare the grid
+            raise _hidden_error(block, f'the grid of its tokens, here {feat_size}')
+    return FunctionList([partial(b, feat_size=feat_size) if hasattr(b, 'mrla') else b for b in blocks])
 
 
 def with_memory(
     blocks: Iterable[nn.Module], grad_checkpointing: bool, depth: int | None = None, feat_size: Grid = None
-) -> Calls:
-    """Blocks of MRLA-base as functions of one tensor, to be called once each and in their order.
+) -> FunctionList:
+    """Blocks of MRLA-base as functions of one tensor, to be called once each and in order.
 
-    The memory starts anew after depth blocks, if given. The grid (H, W) of tokens is given here, or in each call after
-    the tokens.
+    The memory is emptied after every `depth` blocks, if given. The grid (H, W) of tokens is `feat_size`, or the first
+    argument of each call after the tokens.
     """
     memory = []
 
@@ -81,10 +78,10 @@ def with_memory(
             memory.clear()
         run = partial(recompute, block, block) if grad_checkpointing else block
         if _hides(block):
-            raise _hidden(block, 'the memory of the blocks before it')
+            raise _hidden_error(block, 'the memory of the blocks before it')
         if not hasattr(block, 'mrla'):
             return run(x, *args, **kwargs)
         x, *memory[:] = run(x, *memory, feat_size=args[0] if args else feat_size, **kwargs)
         return x
 
-    return Calls([partial(call, i, block) for i, block in enumerate(blocks)])
+    return FunctionList([partial(call, i, block) for i, block in enumerate(blocks)])

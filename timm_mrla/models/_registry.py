@@ -1,4 +1,4 @@
-"""timm's entries with layer attention as entries of their own: registration, configuration and construction."""
+"""Registers timm's entries with layer attention as entries of their own, and builds them."""
 
 import re
 import sys
@@ -17,13 +17,14 @@ from torch import nn
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models import _weights as weights
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
+from timm_mrla.state_dict import StateDict, convert_state_dict
 
-BACKBONES: dict[str, str] = {}  # our entries -> timm's entries that they are built from
-MODEL_ARGS: dict[str, dict[str, Any]] = {}  # what these are built with, where it differs
+BACKBONES: dict[str, str] = {}  # our entry -> timm's entry of its plain backbone
+MODEL_ARGS: dict[str, dict[str, Any]] = {}  # our entry -> arguments that its backbone is built with
 
-Kind = type[LightBlock] | type[BaseBlock] | None  # None: a model that builds its layer attention itself
+Kind = type[LightBlock] | type[BaseBlock] | None  # None: the model builds its layer attention itself
 Entrypoint = Callable[..., nn.Module]
-Filter = Callable[..., weights.StateDict]
+Filter = Callable[..., StateDict]
 
 
 def register_entries(
@@ -34,21 +35,23 @@ def register_entries(
     base: type[LightBlock] | type[BaseBlock] = LightBlock,
     warm: bool = True,
     cfg: dict[str, Any] | None = None,
-    **kwargs,
+    filter_fn: Filter | None = None,
+    **model_args,
 ) -> None:
-    """Register the entries of the module of timm's that has the name of ours, as `ENTRY_mrla` or `ENTRY_mrlab`.
+    """Register the entries of one module of timm as `ENTRY_mrla`, or as `ENTRY_mrlab` with MRLA-base.
 
-    An entry itself has no weights: each tag of the backbone's is a tag of its own, a warm start.
+    An entry itself has no weights. For each tag with weights of the backbone it has a tag of its own, a warm start.
 
     Args:
-        module: `__name__` of a module of ours.
-        blocks: How the blocks of its models get layer attention.
-        names: Names of ours, without ending, where they are not timm's; of MRLA-base, those that have it.
-        without: Pattern of timm's names, as of `re.fullmatch`, that get no entry, because none of their blocks has a
-            shortcut that keeps the shape.
-        base: What the classes of these blocks are made with.
+        module: `__name__` of a module of ours, which has the name of timm's module.
+        blocks: How its blocks get layer attention.
+        names: timm's names -> our names without ending, where they differ; with MRLA-base, all names.
+        without: Pattern of timm's names without an entry, because no block has a shortcut that keeps the shape.
+        base: Base class of the blocks with layer attention.
         warm: Whether the entries have warm starts.
-        cfg, **kwargs: What their configurations say otherwise than timm's; filter_fn and model_args, as below.
+        cfg: Values that differ from timm's configurations.
+        filter_fn: Filter of checkpoints, applied before timm's.
+        **model_args: Arguments for timm's entries, where they differ from timm's.
     """
     base.define(module, blocks)
     name, names, cfg = module.rpartition('.')[2], names or {}, cfg or {}
@@ -64,36 +67,23 @@ def register_entries(
             for tag in default.tags
             if warm and tag and default.cfgs[tag].has_weights
         }
-        # timm makes the first tag with weights the default, unless the entry itself follows as `ENTRY.*`: nobody gets a
-        # warm start without asking for it
+        # `ENTRY.*` makes the entry itself timm's default; otherwise timm would take the first warm start
         cfgs[f'{entry}.*'] = weights.without_weights(default.default)
         cfgs = {name: replace(value, **cfg) for name, value in cfgs.items()}
         doc = f"timm's {backbone} with {kind.layer.__name__}."
-        if register_entry(module, entry, stock, kind, cfgs, doc, **kwargs):
-            BACKBONES[entry] = backbone
-            MODEL_ARGS[entry] = kwargs.get('model_args', {})
+        if register_entry(module, entry, stock, kind, cfgs, doc, filter_fn, **model_args):
+            BACKBONES[entry], MODEL_ARGS[entry] = backbone, model_args
 
 
 def register_entry(
-    module: str,
-    entry: str,
-    stock: Entrypoint,
-    kind: Kind,
-    cfgs: dict[str, PretrainedCfg | dict[str, Any]],
-    doc: str,
-    filter_fn: Filter | None = None,
-    model_args: dict[str, Any] | None = None,
+    module: str, entry: str, stock: Entrypoint, kind: Kind, cfgs: dict, doc: str, filter_fn=None, **model_args
 ) -> bool:
-    """Register an entry in a module, unless its name is taken; returns whether it is registered.
-
-    filter_fn comes before the filter of checkpoints that stock, the entrypoint that builds it, has; model_args are
-    arguments of that.
-    """
+    """Register an entry that the entrypoint `stock` builds, unless its name is taken; tell whether it is registered."""
     if models.is_model(entry):
-        return models.model_entrypoint(entry).__module__ == module  # of an import before this one
+        return models.model_entrypoint(entry).__module__ == module  # this package may have been imported before
 
     def fn(pretrained: bool = False, **kwargs) -> nn.Module:
-        return build(stock, entry, kind, pretrained, filter_fn, **{**(model_args or {}), **kwargs})
+        return build(stock, entry, kind, pretrained, filter_fn, **{**model_args, **kwargs})
 
     fn.__name__ = fn.__qualname__ = entry
     fn.__module__, fn.__doc__ = module, doc
@@ -104,10 +94,9 @@ def register_entry(
 
 
 def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) -> nn.Module:
-    """Call an entrypoint of timm's, for which the functions of its module call another `build_model_with_cfg`.
+    """Call an entrypoint of timm whose module sees `builder` in place of `build_model_with_cfg`.
 
-    Nothing else of timm's tells what a family passes to that function: its class, its filter of checkpoints and its
-    features.
+    Only the arguments of that call tell a family's class, filter of checkpoints and features.
     """
     scope = dict(entrypoint.__globals__, build_model_with_cfg=builder)
     for name, fn in entrypoint.__globals__.items():
@@ -117,8 +106,7 @@ def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) ->
     try:
         return scope[entrypoint.__name__](**kwargs)
     finally:
-        # scope and its functions hold each other: without this, model and weights would live on with them
-        del scope['build_model_with_cfg']
+        del scope['build_model_with_cfg']  # breaks the cycle of scope and functions, which would keep the model alive
 
 
 def build(
@@ -132,11 +120,11 @@ def build(
     mrla_recompute: bool = False,
     **kwargs,
 ) -> nn.Module:
-    """Build a model as an entrypoint of timm's does, with layer attention, and strict about weights.
+    """Build a model with layer attention by an entrypoint of timm, and load only weights that fit completely.
 
-    mrla_recompute lets backward compute the layer attentions again, rather than save what they make. Among kwargs are
-    also the arguments of `graft`, as `mrla_blocks` and so on. A bad argument raises TypeError or ValueError, also where
-    timm asserts; weights that cannot be had or do not fit, RuntimeError.
+    With `mrla_recompute`, backward computes layer attention again instead of keeping its intermediate results. kwargs
+    may have the arguments of `graft`, as `mrla_blocks` and so on. A wrong argument raises TypeError or ValueError, also
+    where timm asserts. Weights that cannot be downloaded or read, or do not fit, raise RuntimeError.
     """
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
     cfg = models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay)
@@ -145,15 +133,7 @@ def build(
         cfg = replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
     built = []
 
-    def builder(
-        model_cls: Entrypoint,
-        variant: str,
-        *args,
-        pretrained_filter_fn: Filter | None = None,
-        pretrained_strict: bool = True,
-        pruned: bool = False,
-        **kwargs,
-    ) -> nn.Module:
+    def builder(model_cls, variant, *args, pretrained_filter_fn=None, pretrained_strict=True, pruned=False, **kwargs):
         def grafted(**kwargs) -> nn.Module:
             model = model_cls(**kwargs)
             if pruned:
@@ -166,8 +146,8 @@ def build(
             built.append(model)
             return model
 
-        def filters(state_dict: weights.StateDict, model: nn.Module) -> weights.StateDict:
-            state_dict = weights.convert_state_dict(state_dict)
+        def filters(state_dict: StateDict, model: nn.Module) -> StateDict:
+            state_dict = convert_state_dict(state_dict)
             if filter_fn:
                 state_dict = filter_fn(state_dict)
             if pretrained_filter_fn:
@@ -178,20 +158,19 @@ def build(
         return models.build_model_with_cfg(grafted, variant, pretrained, **kwargs)
 
     try:
-        # some of timm's functions look at the tag
-        tag = (cfg.tag or '').removeprefix(weights.TAG)
+        tag = (cfg.tag or '').removeprefix(weights.TAG)  # some of timm's entrypoints depend on the tag
         model = _call_with_builder(stock, builder, pretrained=pretrained, pretrained_cfg=tag, **kwargs)
     except AssertionError as e:
         reason = str(e) or traceback.extract_tb(e.__traceback__)[-1].line
         arguments = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if isinstance(v, int | float | str | tuple))
         raise ValueError(f'{entry} cannot be built with {arguments}: {reason}') from e
     except (RuntimeError, OSError, SafetensorError) as e:
-        source = weights.source_of(cfg)
+        source = weights.weights_source(cfg)
         if not pretrained or not source or source in str(e):
             raise
         raise RuntimeError(f'{entry} cannot be loaded from {source}: {e}') from e
     if not built:
         raise ValueError(f'{entry} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
     if weights.is_warm_start(cfg):
-        weights.forget_source(model)
+        weights.drop_weights_description(model)
     return model

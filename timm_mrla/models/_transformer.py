@@ -1,4 +1,4 @@
-"""Vision transformers of timm with layer attention: their blocks get the grid of the tokens in timm's own loops."""
+"""Vision transformers of timm with layer attention: timm's own methods run, and blocks get the grid of the tokens."""
 
 from typing import Any
 
@@ -11,11 +11,7 @@ from timm_mrla.models._loops import SelfWithOverrides, with_grid
 
 
 class TokenBlock(LightBlock):
-    """A block of a vision transformer, followed by MRLA-light.
-
-    Where no grid is given, it assumes that of the model's own input size. So a user's own loop over the blocks works,
-    such as in code for masked image modelling and in feature extractors.
-    """
+    """A block with MRLA-light. Without `feat_size`, it assumes the model's own grid, for users' loops over blocks."""
 
     own_tokens: tuple[int, int, int] | None = None  # prefix tokens, rows and columns of the grid
 
@@ -32,54 +28,54 @@ class TokenBlock(LightBlock):
 
 
 class GridHost(Host):
-    """A vision transformer with `patch_embed` and `blocks`."""
+    """A vision transformer with `patch_embed` and `blocks`, which passes the grid of the tokens to its blocks."""
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> None:
-        """Make a transformer one of this class, and tell its blocks their grid."""
-        super().adopt(module)
-        module.tell_grid()
+    def convert(cls, module: nn.Module) -> None:
+        """Change the class of a transformer of timm's to this class."""
+        super().convert(module)
+        module.set_own_tokens()
 
-    def tell_grid(self) -> None:
-        """Tell the blocks the grid of the model's own input size."""
+    def set_own_tokens(self) -> None:
+        """Set the grid that blocks assume by default to that of the model's own input size."""
         grid = self.patch_embed.grid_size
         for block in self.blocks.modules():
             if isinstance(block, TokenBlock):
                 block.own_tokens = grid and (self.num_prefix_tokens, *grid)
 
     def set_input_size(self, *args, **kwargs) -> None:
-        """timm's method, after which the blocks know the new grid."""
+        """Change the input size as timm does, and the grid that blocks assume."""
         super().set_input_size(*args, **kwargs)
-        self.tell_grid()
+        self.set_own_tokens()
 
     @staticmethod
-    def refusal(module: nn.Module) -> str:
-        """Why its blocks can have no layer attention; empty if they can."""
+    def unsupported(module: nn.Module) -> str:
+        """The reason why the blocks of a module support no layer attention; empty if they do."""
         if rate := getattr(getattr(module, 'patch_drop', None), 'prob', 0.0):
             return f'patch_drop_rate {rate} drops patches, and layer attention needs all of them, use 0'
         return ''
 
-    def call(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
-        """What stands in for the transformer in a forward pass on a grid (H, W)."""
+    def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
+        """The `self` of timm's methods for one forward pass on a grid (H, W)."""
         return SelfWithOverrides(self, blocks=with_grid(self.blocks, feat_size, self.patch_embed.grid_size))
 
     def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
-        """The result of a forward pass, from the tokens [B, P + N, C] that timm's method returns."""
+        """Change the tokens [B, P + N, C] that timm's method returns, if a subclass must."""
         return x
 
     def _start(self, x: torch.Tensor) -> SelfWithOverrides:
         drops = getattr(getattr(self, 'patch_drop', None), 'training', False)
-        if drops and (refusal := self.refusal(self)):  # set after the model was built
-            raise ValueError(refusal)
-        return self.call(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+        if drops and (reason := self.unsupported(self)):  # patch_drop was set after the model was built
+            raise ValueError(reason)
+        return self.stand_in(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
 
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """timm's method, the grid handed to the blocks."""
+        """timm's method, with the grid for the blocks."""
         call = self._start(x)
         return self.finish(call, self.stock.forward_features(call, x, *args, **kwargs))
 
     def forward_intermediates(self, x: torch.Tensor, *args, **kwargs) -> Any:
-        """timm's method, the grid handed to the blocks."""
+        """timm's method, with the grid for the blocks."""
         call = self._start(x)
         out = self.stock.forward_intermediates(call, x, *args, **kwargs)
         if isinstance(out, tuple):

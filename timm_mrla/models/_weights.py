@@ -1,10 +1,11 @@
-"""What goes into a model: warm starts from timm's plain backbones, the authors' checkpoints, and nothing in part."""
+"""Loads weights into models: starts from timm's plain backbones, and checks that checkpoints fit completely."""
 
 import inspect
 import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,39 +14,24 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
+from timm_mrla.state_dict import StateDict
 
 _logger = logging.getLogger(__name__)
 
-StateDict = dict[str, torch.Tensor]
-
 TAG = 'warmstart_'
-
-# the authors' names of what MRLA adds to a block, and ours
-_AUTHORS_NAMES = (
-    (r'\.bn_mrla\.', '.mrla.norm.'),
-    (r'\.norm_mrla\.', '.mrla.norm_x.'),
-    (r'\.mrla\.norm(x|o)\.', r'.mrla.norm_\1.'),
-    (r'\.mrla\.lambda_t$', '.mrla.lam'),
-    (r'\.(mrla|mla)\.W(q|k)\.', r'.attn.\2.'),
-    (r'\.(mrla|mla)\.Wv\.', '.v.'),
-    (r'\.(mrla|mla)\.bn_v\.', '.norm_v.'),
-)
-
-# what torch's wrappers put into names, beside the prefix that all have
-WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 
 
 def without_weights(cfg: PretrainedCfg) -> PretrainedCfg:
-    """A configuration of timm's without its weights and what is said of them."""
+    """A configuration of timm's without its weights and their description."""
     keys = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'tag', 'license', 'description', 'origin_url', 'notes')
     return replace(cfg, architecture=None, custom_load=False, **dict.fromkeys(keys))
 
 
 def warm_start_cfg(cfg: PretrainedCfg, entry: str, source: str) -> PretrainedCfg:
-    """The configuration that starts an entry from the weights of its plain backbone, timm's `source`."""
+    """The configuration that starts an entry from timm's weights `source` of its plain backbone."""
     return replace(
         cfg,
-        url=None if cfg.hf_hub_id else cfg.url,  # timm takes the Hub's if both are there
+        url=None if cfg.hf_hub_id else cfg.url,  # timm prefers the Hub if there are both
         hf_hub_id=f'timm/{source}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id,
         architecture=None,
         tag=None,
@@ -55,76 +41,68 @@ def warm_start_cfg(cfg: PretrainedCfg, entry: str, source: str) -> PretrainedCfg
 
 
 def is_warm_start(cfg: PretrainedCfg) -> bool:
-    """Whether a configuration is one of the above."""
+    """Whether a configuration is a warm start."""
     return (cfg.tag or '').startswith(TAG)
 
 
-def source_of(cfg: PretrainedCfg) -> str:
-    """Where timm looks for the weights of a configuration; empty if it names none."""
+def weights_source(cfg: PretrainedCfg) -> str:
+    """The place that timm loads the weights of a configuration from; empty if there is none."""
     return 'the given state dict' if cfg.state_dict else str(cfg.file or cfg.hf_hub_id or '')
 
 
-def forget_source(model: nn.Module) -> None:
-    """Drop from a model's configuration what is said of its plain backbone's weights, since it will be trained on."""
+def drop_weights_description(model: nn.Module) -> None:
+    """Drop the description of the plain backbone's weights, which is wrong once the model is trained."""
     for key in ('tag', 'description', 'notes'):
         model.pretrained_cfg.pop(key, None)
 
 
 def apply_filter(fn: Callable[..., StateDict], state_dict: StateDict, model: nn.Module) -> StateDict:
-    """A filter of timm's on a checkpoint; its substitutions of names never see those of layer attention."""
+    """Apply a checkpoint filter of timm's to the backbone only, because it may rename layer attention by accident."""
     plain = {name: tensor for name, tensor in state_dict.items() if '.mrla.' not in name}
     ours = {name: tensor for name, tensor in state_dict.items() if '.mrla.' in name}
     takes_model = len(inspect.signature(fn).parameters) > 1
     return {**(fn(plain, model) if takes_model else fn(plain)), **ours}
 
 
-def start_as_backbone(model: nn.Module) -> None:
-    """Make layer attention add exactly nothing until it is trained; to layer decay it is as new as the head then."""
+def _exclude_mrla(spec: Any) -> Any:
+    """Make a pattern of names, or each pattern of a list, match no name of layer attention."""
+    if isinstance(spec, list | tuple):
+        return [(_exclude_mrla(pattern), suffix) for pattern, suffix in spec]
+    return spec and rf'(?!.*\.mrla\.)(?:{spec})'
+
+
+def _group_matcher(groups: dict[bool, dict[str, Any]], coarse: bool = False) -> dict[str, Any]:
+    return {name: _exclude_mrla(spec) for name, spec in groups[bool(coarse)].items()}
+
+
+def zero_gates(model: nn.Module) -> None:
+    """Make layer attention add exactly nothing until it is trained, and give it the head's rate under layer decay."""
     for layer in layer_attentions(model).values():
         if isinstance(getattr(layer, 'act', None), nn.ReLU):
             raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
         for gate in layer.gates():
             nn.init.zeros_(gate)
-    if hasattr(model, 'group_matcher'):
-        model.group_matcher = _GroupMatcher(model)
-
-
-class _GroupMatcher:
-    """A model's `group_matcher`, in which the names of layer attention match no pattern, as those of the head do.
-
-    It holds the patterns and not the model, which would otherwise hold itself and live on until garbage is collected.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
-
-    def __call__(self, coarse: bool = False) -> dict[str, Any]:
-        return {name: self.without(spec) for name, spec in self.groups[bool(coarse)].items()}
-
-    def without(self, spec: Any) -> Any:
-        """A pattern, or a list of patterns and suffixes, that matches no name of layer attention."""
-        if isinstance(spec, list | tuple):
-            return [(self.without(pattern), suffix) for pattern, suffix in spec]
-        return spec and rf'(?!.*\.mrla\.)(?:{spec})'
+    if hasattr(model, 'group_matcher'):  # a bound method would make a cycle, which keeps the model alive
+        groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
+        model.group_matcher = partial(_group_matcher, groups)
 
 
 def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
-    """Complete a warm start, and hold a checkpoint to the model's names, also where timm replaces the classifier.
+    """Complete the state dict of a warm start, and raise RuntimeError if a name or a shape differs from the model.
 
-    A warm start's checkpoint, the plain backbone's, gets layer attention that adds exactly nothing: its gates are zero,
-    so that the model computes what the backbone computes, and the rest of it is as initialized. A checkpoint with layer
-    attention, be it in part, gets nothing, nor does one from a repository or folder that claims to hold the model.
+    A warm start loads the plain backbone: layer attention keeps its initial values, and its gates become zero. Nothing
+    is added to a state dict that has some layer attention, or that comes from a repository or folder of this model.
 
-    If they differ in a name or a shape, classifier and first conv aside, RuntimeError is raised; timm knows weights of
-    which a part is missing, those are not strict about the plain backbone's names.
+    The classifier and the first convolution may differ, because timm adapts them. If strict is False, names of the
+    backbone may be missing or too many, because timm has such weights.
     """
     if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
         raise RuntimeError('there is no state dict in it')
-    if isinstance(getattr(model, 'norm', None), nn.Identity):  # a model that pools its patches has that norm after it
+    if isinstance(getattr(model, 'norm', None), nn.Identity):  # average pooling: the norm comes after it
         state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
     warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
     if warm:
-        start_as_backbone(model)
+        zero_gates(model)
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if '.mrla.' in k}}
 
     adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]
@@ -132,44 +110,23 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.rpartition('.')[0] not in adapted}
         for tensors in (model.state_dict(), state_dict)
     )
-    if not strict:
-        names = {name for name in {*ours, *theirs} if '.mrla.' in name or (name in ours and name in theirs)}
-        ours, theirs = ({k: v for k, v in shapes.items() if k in names} for shapes in (ours, theirs))
-    differing = [name for name, shape in ours.items() if theirs.get(name, shape) != shape]
-    problems = {
-        'it lacks ': [name for name in ours if name not in theirs],
-        'the model has no ': [name for name in theirs if name not in ours],
-        '': [f'its {name} is {theirs[name]} and the model has {ours[name]}' for name in differing],
-    }
-    hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
-    more = {what: f' and {len(names) - 5} more' if len(names) > 5 else '' for what, names in problems.items() if names}
-    if more:
-        raise RuntimeError('; '.join(what + ', '.join(problems[what][:5]) + rest for what, rest in more.items()) + hint)
+    missing, unexpected = (
+        [name for name in some if name not in others and (strict or '.mrla.' in name)]
+        for some, others in ((ours, theirs), (theirs, ours))
+    )
+    differing = [k for k in ours if theirs.get(k, ours[k]) != ours[k]]
+    differing = [f'its {k} is {theirs[k]} and the model has {ours[k]}' for k in differing]
+    problems = [
+        what + ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+        for what, names in (('it lacks ', missing), ('the model has no ', unexpected), ('', differing))
+        if names
+    ]
+    if problems:
+        hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
+        raise RuntimeError('; '.join(problems) + hint)
     if warm:
         _logger.warning(
-            f'{cfg.architecture} starts from the plain backbone of {source_of(cfg)}: its layer attention is untrained '
-            'and adds nothing until you train it.'
+            f'{cfg.architecture} starts from the plain backbone of {weights_source(cfg)}: its layer attention is '
+            'untrained and adds nothing until you train it.'
         )
     return state_dict
-
-
-def convert_state_dict(state_dict: StateDict) -> StateDict:
-    """Give a checkpoint of the authors' code our names; our own passes unchanged.
-
-    It is bare or under `state_dict` or `model`. Prefixes of torch's wrappers, and one that all names have, are dropped.
-    """
-    state_dict = state_dict.get('state_dict', state_dict.get('model', state_dict))
-    # AveragedModel has a counter beside the model
-    state_dict = {WRAPPERS.sub('', name): tensor for name, tensor in state_dict.items() if name != 'n_averaged'}
-    while len(state_dict) > 1 and len({name.partition('.')[0] for name in state_dict}) == 1:
-        state_dict = {name.partition('.')[2]: tensor for name, tensor in state_dict.items()}
-    out = {}
-    for name, tensor in state_dict.items():
-        for pattern, replacement in _AUTHORS_NAMES:
-            name = re.sub(pattern, replacement, name)
-        out[name] = tensor.flatten() if name.endswith('.mrla.lam') else tensor
-    for name in [name for name in out if name.endswith('.mrla.attn.q.weight')]:
-        k = name.replace('.q.weight', '.k.weight')
-        if k in out:  # once two convolutions over one dimension, [1, 1, K]
-            out[name.replace('.q.weight', '.qk.weight')] = torch.cat([out.pop(name), out.pop(k)])[:, :, None]
-    return out

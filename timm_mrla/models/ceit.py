@@ -1,11 +1,6 @@
-"""CeiT with multi-head recurrent layer attention (MRLA)
+"""CeiT with MRLA-light, as in the paper, on timm's vision transformer, because timm has no CeiT.
 
-Papers:
-* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
-* `Incorporating Convolution Designs into Visual Transformers` - https://arxiv.org/abs/2103.11816
-
-timm has no CeiT: its image-to-tokens stem, its LeFF and its layer-wise class-token attention are here, on timm's
-vision transformer.
+Paper: `Incorporating Convolution Designs into Visual Transformers` - https://arxiv.org/abs/2103.11816
 """
 
 import re
@@ -21,7 +16,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from timm_mrla.layers import Grid, MrlaLight, from_map, recompute, to_map
-from timm_mrla.models._loops import Calls, SelfWithOverrides
+from timm_mrla.models._loops import FunctionList, SelfWithOverrides
 from timm_mrla.models._registry import register_entry
 from timm_mrla.models._transformer import GridHost
 
@@ -36,16 +31,16 @@ class ImageToTokens(PatchEmbed):
         if remainder:
             raise ValueError(f'patch_size {self.patch_size[0]} is not a multiple of 4, the stride of the stem')
         conv, width = self.proj, stem_width
-        layers = {
-            'conv': nn.Conv2d(conv.in_channels, width, 7, stride=2, padding=3, bias=False, **dd),
-            'bn': nn.BatchNorm2d(width, **dd),
-            'pool': nn.MaxPool2d(3, stride=2, padding=1),
-            'proj': nn.Conv2d(width, conv.out_channels, stride, stride=stride, bias=conv.bias is not None, **dd),
-        }
-        self.proj = nn.Sequential(OrderedDict(layers))
+        layers = OrderedDict(
+            conv=nn.Conv2d(conv.in_channels, width, 7, stride=2, padding=3, bias=False, **dd),
+            bn=nn.BatchNorm2d(width, **dd),
+            pool=nn.MaxPool2d(3, stride=2, padding=1),
+            proj=nn.Conv2d(width, conv.out_channels, stride, stride=stride, bias=conv.bias is not None, **dd),
+        )
+        self.proj = nn.Sequential(layers)
 
     def set_input_size(self, img_size: tuple[int, int] | None = None, patch_size: int | None = None) -> None:
-        """Change the image size. The patch size stays: timm resamples patch projections, and this one is more."""
+        """Change the image size. The patch size stays, because timm cannot resample this stem."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(f'patch_size {patch_size}: CeiT cannot change its {self.patch_size}, build another model')
         super().set_input_size(img_size=img_size)
@@ -80,7 +75,7 @@ class LeFF(nn.Module):
 
 
 class CeitBlock(Block):
-    """timm's block with LeFF for the MLP, on a residual stream that is normed, followed by MRLA-light."""
+    """timm's block with LeFF as MLP, MRLA-light, and a norm before the first shortcut."""
 
     def __init__(self, dim: int, *args, norm_layer=LayerNorm, drop_path=0.0, device=None, dtype=None, **kwargs) -> None:
         dd = {'device': device, 'dtype': dtype}
@@ -96,7 +91,7 @@ class CeitBlock(Block):
 
 
 class LayerwiseClassAttention(Block):
-    """A block in which the last of the layers' class tokens alone queries: [B, layers, C] -> [B, 1, C]."""
+    """Attention of the last layer's class token to those of all layers: [B, layers, C] -> [B, 1, C]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         last = x[:, -1:] + self.drop_path1(self.ls1(self.attn(self.norm1(x))[:, -1:]))
@@ -109,26 +104,17 @@ def _check_pool(global_pool: str | None) -> None:
 
 
 class Ceit(GridHost, VisionTransformer):
-    """CeiT with MRLA-light: timm's vision transformer with the blocks above."""
+    """timm's vision transformer with the stem and the blocks above."""
 
-    def __init__(
-        self,
-        *args,
-        num_heads: int = 3,
-        global_pool: str = 'token',
-        weight_init: str = '',
-        device=None,
-        dtype=None,
-        **kwargs,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, *args, num_heads: int = 3, global_pool: str = 'token', weight_init: str = '', **kwargs) -> None:
+        dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
         _check_pool(global_pool)
         layers = dict(embed_layer=ImageToTokens, block_fn=CeitBlock, mlp_layer=LeFF, weight_init='skip')
-        super().__init__(*args, num_heads=num_heads, global_pool=global_pool, **layers, **kwargs, **dd)
+        super().__init__(*args, num_heads=num_heads, global_pool=global_pool, **layers, **kwargs)
         if self.cls_token is None:
             raise ValueError('class_token False: the layer-wise attention of CeiT reads it, use True')
-        if refusal := self.refusal(self):
-            raise ValueError(refusal)
+        if reason := self.unsupported(self):
+            raise ValueError(reason)
         self.pos_layer_embed = nn.Parameter(torch.empty(1, len(self.blocks), self.embed_dim, **dd))
         self.lca = LayerwiseClassAttention(self.embed_dim, num_heads, qkv_bias=True, **dd)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
@@ -136,12 +122,12 @@ class Ceit(GridHost, VisionTransformer):
             self.init_weights(needs_reset=False)
 
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """timm's initialization, and that of the layers' position embedding."""
+        """Initialize as timm does, and the position embedding of the layers."""
         trunc_normal_(self.pos_layer_embed, std=0.02)
         super().init_weights(mode, needs_reset)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that should not be decayed."""
+        """Names of parameters without weight decay."""
         return super().no_weight_decay() | {'pos_layer_embed'}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -150,7 +136,7 @@ class Ceit(GridHost, VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """timm's method of this name; the attention over layers goes with the head that reads it."""
+        """Remove layers as timm does; without a head, the attention over layers is removed too."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.lca = self.pos_layer_embed = None
@@ -159,21 +145,21 @@ class Ceit(GridHost, VisionTransformer):
             self.pos_layer_embed = nn.Parameter(kept, self.pos_layer_embed.requires_grad)
         return taken
 
-    def call(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
-        """What stands in for the transformer on a grid (H, W): it keeps the class token of each block."""
+    def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
+        """The `self` of timm's methods for one forward pass on a grid (H, W); it collects class tokens in `tokens`."""
         tokens = []
 
         def keep(block: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
             run = partial(recompute, block, block) if self.grad_checkpointing else block
             x = run(x, feat_size=feat_size, **kwargs)
-            tokens.append(x[:, :1].clone())  # a view would keep the whole of x alive
+            tokens.append(x[:, :1].clone())  # a view would keep all of x alive
             return x
 
-        blocks = Calls([partial(keep, block) for block in self.blocks])
+        blocks = FunctionList([partial(keep, block) for block in self.blocks])
         return SelfWithOverrides(self, tokens=tokens, grad_checkpointing=False, blocks=blocks)
 
     def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
-        """Normed tokens, the class token replaced by what the last block's finds among those of all blocks."""
+        """Replace the class token by the result of the attention over layers."""
         if self.lca is None:
             return x
         tokens = [token + self.pos_layer_embed[:, i : i + 1] for i, token in enumerate(call.tokens)]
@@ -185,7 +171,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
     for pattern, ours in ((r'^i2t\.(backbone\.)?', 'patch_embed.proj.'), (r'\.(leff|feedforward)\.', '.mlp.')):
         state_dict = {re.sub(pattern, ours, name): tensor for name, tensor in state_dict.items()}
-    if (embed := state_dict.get('pos_embed')) is not None:  # timm reads a checkpoint's grid from a patch kernel
+    if (embed := state_dict.get('pos_embed')) is not None:  # timm infers the grid of a checkpoint from a patch kernel
         stem = model.patch_embed
         grid = get_pretrained_grid_size(model, torch.empty(1, 1, *stem.patch_size, device='meta'), embed.shape[1] - 1)
         state_dict['pos_embed'] = resample_abs_pos_embed(embed, stem.grid_size, grid)
@@ -204,4 +190,4 @@ _cfg.update(first_conv='patch_embed.proj.conv', classifier='head')
 
 for size, width in (('tiny', 192), ('small', 384), ('base', 768)):
     entry, args = f'ceit_{size}_mrla', dict(embed_dim=width, num_heads=width // 64)
-    register_entry(__name__, entry, _ceit, None, {entry: _cfg}, f'CeiT-{size} with MrlaLight.', model_args=args)
+    register_entry(__name__, entry, _ceit, None, {entry: _cfg}, f'CeiT-{size} with MrlaLight.', **args)

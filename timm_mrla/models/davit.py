@@ -8,10 +8,7 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _TokenBlock(LightBlock):
-    """A block on maps that lie in memory as tokens, as which layer attention reads them.
-
-    On one image a sum of maps would lie otherwise than timm's own, and the next convolution would round otherwise.
-    """
+    """A block whose maps are tokens in memory; read as maps, one image would get other strides, then other rounding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, o = (z.flatten(2).transpose(1, 2) for z in (super(LightBlock, self).forward(x), x))

@@ -1,9 +1,4 @@
-"""DeiT with multi-head recurrent layer attention (MRLA)
-
-Papers:
-* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
-* `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
-"""
+"""DeiT with MRLA-light and MRLA-base, as in the paper."""
 
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
@@ -19,15 +14,15 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
     """timm's vision transformer with MRLA-base."""
 
     @classmethod
-    def adopt(cls, module: nn.Module, stage_depth: int = 4) -> None:
-        """Make a transformer one of this class, whose memory starts anew after stage_depth blocks."""
+    def convert(cls, module: nn.Module, stage_depth: int = 4) -> None:
+        """Change the class of a transformer; its memory is emptied after every `stage_depth` blocks."""
         if stage_depth < 1:
             raise ValueError(f'mrla_stage_depth {stage_depth} is less than 1')
-        super().adopt(module)
+        super().convert(module)
         module.mrla_stage_depth = stage_depth
 
-    def call(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
-        """What stands in for the transformer in a forward pass on a grid (H, W)."""
+    def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
+        """The `self` of timm's methods for one forward pass on a grid (H, W)."""
         blocks = with_memory(self.blocks, self.grad_checkpointing, self.mrla_stage_depth, feat_size)
         return SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False)
 
@@ -35,6 +30,6 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
 _names = {f'{name}_patch16_224': name for name in ('deit_tiny', 'deit_small', 'deit_base')}
 _distilled = {f'{name}_distilled_patch16_224': f'{name}_distilled' for name in _names.values()}
 
-register_entries(__name__, {}, {**_names, **_distilled})  # the blocks are those of the vision transformer
+register_entries(__name__, {}, {**_names, **_distilled})  # vision_transformer.py defines the blocks
 blocks = {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))}
 register_entries(__name__, blocks, _names, base=BaseBlock)

@@ -1,9 +1,4 @@
-"""EfficientNet and its kin with MRLA-light, with eight heads, in the blocks that have a skip
-
-Papers:
-* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
-* `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks` - https://arxiv.org/abs/1905.11946
-"""
+"""EfficientNet and related models with MRLA-light, eight heads, in all blocks with a shortcut."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""MaxViT, CoAtNet and their kin with MRLA-light."""
+"""MaxViT, CoAtNet and related models with MRLA-light."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 def _conv(block: nn.Module) -> nn.Module:
-    """What begins a block: its first convolution, or itself."""
+    """The first convolution of a block, or the block itself."""
     conv = getattr(block, 'conv', block)
     return conv[0] if isinstance(conv, nn.Sequential) else conv
 

@@ -1,4 +1,4 @@
-"""MetaFormer, PoolFormer among them, with MRLA-light. CAFormer's last two stages are tokens."""
+"""MetaFormer, also PoolFormer and CAFormer, with MRLA-light. The last two stages of CAFormer work on tokens."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 class MrlaMetaFormerStage(Host, MetaFormerStage):
-    """timm's stage, the grid of its tokens handed to its blocks."""
+    """timm's stage, which passes the grid of its tokens to its blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.use_nchw:

@@ -1,4 +1,4 @@
-"""MobileNetV3, MobileNetV4 and their kin with MRLA-light. Their blocks are EfficientNet's."""
+"""MobileNetV3, MobileNetV4 and related models with MRLA-light; efficientnet.py defines their blocks."""
 
 from timm_mrla.models._registry import register_entries
 

@@ -1,47 +1,25 @@
-"""PVTv2 with multi-head recurrent layer attention (MRLA)
-
-Papers:
-* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
-* `PVT v2: Improved Baselines with Pyramid Vision Transformer` - https://arxiv.org/abs/2106.13797
-
-The paper's authors released no PVTv2: this is layer attention as in their DeiT, with a memory for each stage.
-"""
+"""PVTv2 with MRLA-light and MRLA-base, as in the paper's DeiT, because the authors released no PVTv2."""
 
 from functools import partial
 
 import torch
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock
+from timm_mrla.models._graft import BaseBlock, Host
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
 from timm_mrla.models._registry import Recipe, register_entries
 
 
-class _LightBlock(LightBlock):
-    """timm's loop hands the grid to its blocks, which read it too."""
-
-    def forward(self, x: torch.Tensor, feat_size: tuple[int, int]) -> torch.Tensor:
-        return self.mrla(super(LightBlock, self).forward(x, feat_size), x, feat_size)
-
-
-class _BaseBlock(BaseBlock):
-    """As above."""
-
-    def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        x, memory = self.mrla(super(BaseBlock, self).forward(x, feat_size), memory, feat_size)
-        return x, *memory
-
-
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
-    """timm's stage with MRLA-base."""
+    """timm's stage with MRLA-base, and a memory of its own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         blocks = with_memory(self.blocks, self.grad_checkpointing)
         return self.stock.forward(SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False), x)
 
 
-_recipe = partial(Recipe, 'pre', 'norm1', 'NLC')
+_recipe = partial(Recipe, 'pre', 'norm1', 'NLC', takes_grid=True)
 
-register_entries(__name__, {Block: _recipe()}, base=_LightBlock)
+register_entries(__name__, {Block: _recipe()})
 names = {f'pvt_v2_b{i}': f'pvt_v2_b{i}' for i in range(2)}
-register_entries(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=_BaseBlock)
+register_entries(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=BaseBlock)

@@ -1,9 +1,4 @@
-"""ResNet and its kin with multi-head recurrent layer attention (MRLA)
-
-Papers:
-* `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
-* `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
-"""
+"""ResNet and related models with MRLA-light and MRLA-base, as in the paper."""
 
 import re
 from functools import partial
@@ -18,12 +13,12 @@ from timm_mrla.models._registry import Recipe, register_entries
 
 
 class _ShortcutBlock(LightBlock):
-    """A block whose shortcut may go through a downsample. Layer attention reads the output of the downsample."""
+    """A block with MRLA-light, which reads the shortcut after its downsample, if there is one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.downsample is None:
             return super().forward(x)
-        o = self.downsample(x)  # once, since its batch norm counts
+        o = self.downsample(x)  # only once, because its batch norm updates running statistics
         return self.mrla(self.stock.forward(SelfWithOverrides(self, downsample=lambda x: o), x), o)
 
 
@@ -40,22 +35,22 @@ class MrlaBaseResNet(Host, ResNet):
     """timm's ResNet with MRLA-base."""
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> None:
-        """Make a ResNet one of this class, its stages too."""
-        super().adopt(module)
+    def convert(cls, module: nn.Module) -> None:
+        """Change the classes of a ResNet and of its stages."""
+        super().convert(module)
         for name, stage in module.named_children():
             if name.startswith('layer'):
                 stage.__class__ = MrlaBaseStage
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Checkpoint each block; timm's own checkpointing would chain blocks without their memory."""
+        """Checkpoint each block; timm's own checkpointing would not pass the memory on."""
         for module in self.children():
             if isinstance(module, MrlaBaseStage):
                 module.grad_checkpointing = enable
 
 
 def _authors_stages(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The authors' MRLA-base calls the stages `stages.0` to `stages.3`."""
+    """Rename the stages, which are `stages.0` to `stages.3` in the authors' MRLA-base."""
     return {re.sub(r'^stages\.(\d)\.', lambda m: f'layer{int(m[1]) + 1}.', k): v for k, v in state_dict.items()}
 
 
@@ -70,6 +65,7 @@ register_entries(
     base=BaseBlock,
     warm=False,  # the ReLU after the norm passes no gradient where the norm is at zero
     filter_fn=_authors_stages,
-    model_args={'stem_type': 'deep', 'stem_width': 32},
     cfg={'first_conv': 'conv1.0'},
+    stem_type='deep',
+    stem_width=32,
 )

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet, BiT among them, with MRLA-light."""
+"""Pre-activation ResNet, also BiT, with MRLA-light."""
 
 from functools import partial
 

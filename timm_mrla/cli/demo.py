@@ -1,4 +1,6 @@
-"""Handwritten digits: trains a model on them with timm's own functions, and tests what timm loads back."""
+"""The command `timm-mrla demo`: trains a model on handwritten digits, saves it and tests what timm loads back."""
+
+import argparse
 
 import timm
 import torch
@@ -12,11 +14,10 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 from tqdm import trange
 
-from timm_mrla.hub import built_with, check_new, check_ours, save_pretrained
+from timm_mrla.checks import check_mrla_name, check_new_folder, explain_build_errors
+from timm_mrla.hub import save_pretrained
 
-__all__ = ['test_digits', 'train_digits']
-
-# of the digits, scaled to [0, 1]
+# mean and std are those of the digits, scaled to [0, 1]
 _DATA_CONFIG = {
     'input_size': (1, 32, 32),
     'mean': (0.305,),
@@ -27,7 +28,7 @@ _DATA_CONFIG = {
 
 
 def _load_digits() -> list[torch.Tensor]:
-    """The 1,797 scans of scikit-learn: train and test images [N, 1, 32, 32], train and test labels [N]."""
+    """Load scikit-learn's 1,797 scans: train and test images [N, 1, 32, 32], train and test labels [N]."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16
     images = F.interpolate(images, size=_DATA_CONFIG['input_size'][1:], mode='bilinear')
@@ -46,7 +47,7 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
     """Train a model on 80 % of the digits and write it to a folder that `timm.create_model('local-dir:...')` loads.
 
     Args:
-        model_name: A model with layer attention.
+        model_name: Name of a model with layer attention.
         out: The folder, which must not exist yet.
         epochs: Epochs of training.
 
@@ -54,20 +55,20 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
         The accuracy on the other 20 %, in [0, 1].
 
     Raises:
-        ValueError: There is no such model, or less than one epoch is asked for.
+        ValueError: There is no such model, or epochs is less than 1.
         FileExistsError: The folder exists.
     """
-    check_ours(model_name)
+    check_mrla_name(model_name)
     if epochs < 1:
         raise ValueError(f'{epochs} epochs are less than 1')
-    check_new(out)
+    check_new_folder(out)
     x_train, x_test, y_train, y_test = _load_digits()
 
     torch.manual_seed(0)
-    # tokens of 8x8 pixels: 16x16 would leave four of them
+    # patches of 8x8 pixels: 16x16 would give only four tokens
     size = {'img_size': 32, 'patch_size': 8} if get_pretrained_cfg(model_name).fixed_input_size else {}
     model_kwargs = {'in_chans': 1, 'num_classes': 10, **size}
-    with built_with(model_name, model_kwargs):
+    with explain_build_errors(model_name, model_kwargs):
         model = timm.create_model(model_name, **model_kwargs)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
     scheduler, epochs = create_scheduler_v2(optimizer, 'cosine', num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-5)
@@ -90,6 +91,18 @@ def train_digits(model_name: str, out: str, epochs: int) -> float:
 
 
 def test_digits(model_name: str) -> float:
-    """The accuracy, in [0, 1], of a trained model that timm loads by its name, on the digits that training left out."""
+    """Load a trained model by its name and return its accuracy, in [0, 1], on the digits that training left out."""
     _, x_test, _, y_test = _load_digits()
     return _accuracy(timm.create_model(model_name, pretrained=True), x_test, y_test)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train the model, load it back, and print both accuracies and how to train on other images."""
+    accuracy = train_digits(args.model, args.out, args.epochs)
+    name = f'local-dir:{args.out}'
+    print(f"""
+test accuracy:                                {accuracy:.2%}
+of timm.create_model('{name}'): {test_digits(name):.2%}
+
+On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with timm's train.py:
+  timm-mrla run train.py DATA --model {args.model} --num-classes N --amp --channels-last""")

@@ -1,4 +1,4 @@
-"""What paired runs allow to conclude: t intervals, by scipy."""
+"""Statistics of paired runs: mean difference, t interval, conclusion in words."""
 
 from typing import NamedTuple
 
@@ -15,21 +15,21 @@ class Interval(NamedTuple):
     high: float
 
     def text(self, spec: str) -> str:
-        """As text, the numbers formatted alike."""
+        """Mean and interval as text, all three numbers in one format."""
         mean, low, high = (f'{value:{spec}}' for value in self)
         return f'{mean} ({low} to {high})'
 
 
 def interval(values: list[float]) -> Interval:
-    """The mean of two or more values, such as paired differences, with the t interval."""
+    """Mean and t interval of two or more values, such as paired differences."""
     found = stats.ttest_1samp(values, 0)
     return Interval(sum(values) / len(values), *map(float, found.confidence_interval(0.95)))
 
 
 def conclusion(model: str, plain: str, metric: str, found: Interval, pairs: int, lower_is_better: bool) -> str:
-    """One sentence that says what a difference of a model to its plain backbone, over so many pairs, means."""
+    """Say in one sentence what the mean difference between a model and its plain backbone means."""
     numbers = f'{metric} {found.text("+.3g")} over {pairs} seeds'
-    if not (found.low > 0 or found.high < 0):  # also if there is no number
+    if not (found.low > 0 or found.high < 0):  # also if a limit is nan
         return f'No difference was found between {model} and {plain}: {numbers}; all within the interval is possible.'
     word = 'worse' if (found.mean < 0) != lower_is_better else 'better'
     caution = '; so few seeds give a lead, not a result' if pairs < 5 else ''

@@ -1,4 +1,4 @@
-"""What numbers were measured on."""
+"""Describes the machine and the software of a measurement."""
 
 import datetime
 import platform
@@ -9,7 +9,7 @@ import torch
 
 import timm_mrla
 
-__all__ = ['about']
+__all__ = ['describe_machine']
 
 
 def _processor() -> str:
@@ -19,10 +19,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def about(device: str) -> dict[str, str]:
-    """The date, the machine's GPU if the device is 'cuda', else its processor, and the versions."""
+def describe_machine(device: str) -> dict[str, str]:
+    """The date, the versions, and the name of the GPU if the device is 'cuda', else of the processor."""
     name = f'{torch.get_num_threads()} threads, {_processor()}'
-    if device == 'cuda':  # no name of it is known where a comparison from another machine is looked at
+    if device == 'cuda':  # a finished comparison may be reported on another machine, without a GPU
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else device
     return {
         'date': datetime.date.today().isoformat(),

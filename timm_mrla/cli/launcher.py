@@ -1,6 +1,7 @@
 """Runs a script or a module as python would, with the models registered first.
 
-`launch` starts this file by its path in a fresh interpreter: timm is imported there only once sys.path is the script's.
+`launch` runs this file as a script in a fresh interpreter, because sys.path must be the user's script's before timm is
+imported. Files of this folder must not have names of the standard library: python puts the folder on sys.path first.
 """
 
 import os
@@ -14,17 +15,17 @@ __all__ = ['launch']
 
 
 def launch(*args: str) -> NoReturn:
-    """Go on as `python SCRIPT ARGS` or `python -m MODULE ARGS`, the models registered, under this interpreter's flags.
+    """Replace this process by `python SCRIPT ARGS` or `python -m MODULE ARGS`, with the models registered.
 
-    On POSIX the process stays the same one.
+    The new interpreter gets the flags of this one. On Windows it is a child process.
     """
-    # private, but what multiprocessing starts its workers with; it leaves out -u, -i and most of -X
+    # private, but multiprocessing uses it too; it leaves out -u, -i and most of -X
     flags = subprocess._args_from_interpreter_flags()
     flags += [f'-X{name}' if value is True else f'-X{name}={value}' for name, value in sys._xoptions.items()]
     flags += ['-u'] * getattr(sys.stdout, 'write_through', False) + ['-i'] * sys.flags.inspect
     command = [sys.executable, *flags, __file__, *args]
-    print(end='', flush=True)  # exec drops what is buffered
-    if os.name == 'nt':  # its exec is another process, which no one waits for
+    print(end='', flush=True)  # exec drops buffered output
+    if os.name == 'nt':  # exec there starts another process and does not wait for it
         sys.exit(subprocess.run(command).returncode)
     os.execv(sys.executable, command)
 
@@ -37,19 +38,19 @@ def _excepthook(kind: type[BaseException], error: BaseException, traceback: Trac
 
 
 def _run(script: str, *args: str) -> None:
-    """Run the arguments of `launch` with sys.path, sys.argv, `__main__` and tracebacks as python has them.
+    """Run a script with sys.path, sys.argv, `__main__` and tracebacks as under python.
 
-    Exit codes and the workers of data loaders, forked or spawned, then are python's too.
+    So exit codes and worker processes of data loaders, forked or spawned, are as under python too.
     """
     module, *args = args if script == '-m' else (None, *args)
     path = os.path.join(os.getcwd(), script)
-    # python -P, and -I before there was -P, has no sys.path entry for the script
+    # under -P, or -I in python 3.10, sys.path has no entry for the script
     if not getattr(sys.flags, 'safe_path', sys.flags.isolated):
         sys.path[0] = os.getcwd() if module else os.path.dirname(os.path.realpath(path))
-    sys.argv = [script, *args]  # python has -m here until the module is found
+    sys.argv = [script, *args]  # python itself has -m here until it finds the module
 
-    root = os.path.dirname(os.path.dirname(__file__))
-    if root not in sys.path:  # a checkout that is not installed
+    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    if root not in sys.path:  # the package may be a checkout that is not installed
         sys.path.append(root)
     import timm_mrla  # noqa: F401
 
@@ -57,7 +58,7 @@ def _run(script: str, *args: str) -> None:
     main = sys.modules['__main__'] = ModuleType('__main__')
     if module:
         try:
-            runpy._run_module_as_main(module)  # private, but all that python -m does
+            runpy._run_module_as_main(module)  # private, but the same as python -m
         except SystemExit as e:
             if not isinstance(e.__context__, runpy._Error):
                 raise

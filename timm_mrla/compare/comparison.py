@@ -1,0 +1,113 @@
+"""Does a comparison in a folder: trains models and their plain backbones alike with timm's train.py, and reports.
+
+comparison.json says what is compared, runs/ARM/SEED is the output folder of train.py, with its log. results.json,
+results.md and results.png are made from these only, so the same command continues a comparison that was stopped.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from timm_mrla.compare.arms import plain_and_ours
+from timm_mrla.compare.machine import describe_machine
+from timm_mrla.compare.plot import plot_comparison
+from timm_mrla.compare.report import report, summarize
+from timm_mrla.compare.runs import Run, check_metric, train_all
+from timm_mrla.compare.train_args import parse_train_args
+
+__all__ = ['compare']
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file in one step, so that it is never half written."""
+    part = path.with_suffix('.part')
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _open_folder(out: Path, comparison: dict[str, Any]) -> None:
+    """Start a comparison in a new folder, or check that the folder belongs to this one."""
+    path = out / 'comparison.json'
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            theirs = ' '.join([*found['models'], '--', *found['arguments'], found.get('config', '')])
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ValueError(f'{str(path)!r} is not what compare writes; name another --out') from e
+        if found != comparison:
+            raise ValueError(f'{str(out)!r} belongs to another comparison, {theirs}; name another --out')
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f'{str(out)!r} is not empty and no folder of a comparison; name another --out')
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(comparison, indent=2) + '\n')
+
+
+def compare(
+    script: str,
+    models: list[str],
+    out: str,
+    train_args: list[str],
+    seeds: int = 5,
+    metric: str = 'top1',
+    devices: Sequence[str | None] = (None,),
+) -> dict[str, Any]:
+    """Train models and their plain backbones once for each seed, and report the differences.
+
+    Args:
+        script: Path of timm's train.py.
+        models: Names of models with layer attention, with or without the tag of a warm start.
+        out: Folder of the comparison. A comparison that was stopped continues.
+        train_args: Further arguments of train.py, the same for all models, also in a YAML file (-c). Those among
+            --model-kwargs that begin with `mrla_` are left out for the plain backbones.
+        seeds: Number of seeds. The seeds are 0, 1, 2, ...
+        metric: The metric to report: 'top1', 'top5' or 'loss'.
+        devices: For each of the runs at once, its CUDA_VISIBLE_DEVICES, or None to leave it unchanged.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: An argument is wrong, train.py does not write the metric, or no run came to its end.
+    """
+    if not os.path.isfile(script):
+        raise ValueError(
+            f"there is no script {script!r}; timm's train.py is at the top of its repository, "
+            'https://github.com/huggingface/pytorch-image-models'
+        )
+    if not re.search(rf"""['"]{re.escape(metric)}['"]""", Path(script).read_text()):
+        raise ValueError(f"{script} writes no metric {metric!r}; timm's writes top1, top5 and loss")
+    if seeds < 2:
+        raise ValueError(f'--seeds {seeds} is less than 2, and an interval needs two')
+    if not devices:
+        raise ValueError('there are no devices to run on')
+    args, pairs = parse_train_args(train_args), {model: plain_and_ours(model) for model in models}
+    path = Path(out)
+    config = {'config': Path(args.config).read_text()} if args.config else {}
+    _open_folder(path, {'models': models, 'arguments': train_args, **config})
+    arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
+    runs = [Run(arm, seed, path / 'runs' / arm.name / str(seed)) for seed in range(seeds) for arm in arms]
+    check_metric(runs, f'eval_{metric}')
+    try:
+        with FileLock(path / '.lock', timeout=0):
+            train_all(runs, script, args, devices, f'eval_{metric}')
+    except Timeout:
+        raise ValueError(f'{out!r} is being worked on by another process') from None
+
+    results = {
+        **describe_machine(args.device.partition(':')[0]),
+        'train_py': script,
+        'arguments': train_args,
+        'metric': metric,
+        'runs_at_once': len(devices),
+        **summarize(runs, pairs, metric),
+    }
+    _write(path / 'results.json', json.dumps(results, indent=2) + '\n')
+    _write(path / 'results.md', report(results))
+    plot_comparison(results).savefig(path / 'results.png')
+    return results

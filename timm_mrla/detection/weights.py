@@ -1,0 +1,103 @@
+"""Finds and loads weights: of whole detectors, and of their backbones."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import hf_hub_download
+from timm.models import PretrainedCfg, is_model_pretrained
+from torch import nn
+
+from timm_mrla.checkpoints import load_checkpoint, read_checkpoint
+from timm_mrla.checks import explain_build_errors
+from timm_mrla.detection.backbone import DETECTORS, Detector, any_size
+from timm_mrla.models._weights import fit_state_dict
+from timm_mrla.state_dict import StateDict
+
+
+def _file_path(name: str, file: str) -> str:
+    """The path of a file in a folder or in a repository of the Hub, which is downloaded."""
+    if not name.startswith('hf-hub:'):
+        return os.path.join(name, file)
+    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
+    return hf_hub_download(repo_id, file, revision=revision or None)
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    """Read config.json from a folder or a repository of the Hub."""
+    try:
+        config = json.loads(Path(_file_path(name, 'config.json')).read_text())
+    except OSError as e:
+        raise ValueError(f'{name!r} holds no model: {e}') from e
+    except ValueError as e:
+        raise ValueError(f'{name!r} holds no model: its config.json cannot be read: {e}') from e
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        raise ValueError(f'{name!r} holds no model: its config.json names no architecture')
+    return config
+
+
+def create_body(name: str, weights: str | None) -> nn.Module:
+    """Build a backbone by its name in timm, with weights in one of the forms of `weights_backbone`."""
+    size = any_size(name)
+    if weights is None:
+        return timm.create_model(name, **size)
+    if is_model_pretrained(f'{name}.{weights}'):
+        return timm.create_model(f'{name}.{weights}', pretrained=True, **size)
+    if os.path.isfile(weights):
+        return load_checkpoint(weights, name, **size)
+    if weights.startswith(('hf-hub:', 'local-dir:')):
+        config = _read_config(weights.removeprefix('local-dir:'))
+        if config['architecture'] != name:
+            raise ValueError(f'{weights!r} holds {config["architecture"]}, and not {name}')
+        with explain_build_errors(weights, {}):
+            channels = config.get('pretrained_cfg', config)['input_size'][0]
+        if channels != 3:
+            raise ValueError(f'{weights!r} takes images of {channels} channels, but detectors take 3')
+        return timm.create_model(weights, pretrained=True, **size)
+    tags = [tag.partition('.')[2] for tag in timm.list_pretrained(f'{name}.*')]
+    raise ValueError(
+        f'weights_backbone {weights!r} is no file, hf-hub: or local-dir: name, and no tag of {name}; '
+        f'its tags: {", ".join(tags) or "none"}'
+    )
+
+
+def open_weights(name: str) -> tuple[dict[str, Any], Callable[[], StateDict]]:
+    """The arguments that saved weights of a detector belong to, as far as they are known, and a function to read them.
+
+    A folder or a repository says them all in config.json, a checkpoint only the number of classes.
+    """
+    if name.startswith('hf-hub:') or os.path.isdir(name):
+        saved = _read_config(name)
+        if saved['architecture'] not in DETECTORS:
+            timm_name = name if name.startswith('hf-hub:') else f'local-dir:{name}'
+            raise ValueError(
+                f'{name!r} contains the classifier {saved["architecture"]}, not a detector. To use it as a backbone, '
+                f'pass weights_backbone={timm_name!r}'
+            )
+        return saved, lambda: read_checkpoint(_file_path(name, 'model.safetensors'))
+
+    state_dict = read_checkpoint(name)
+    if 'roi_heads.box_predictor.cls_score.weight' in state_dict:
+        classes = len(state_dict['roi_heads.box_predictor.cls_score.weight'])
+    elif 'head.classification_head.cls_logits.weight' in state_dict:
+        anchors = len(state_dict['head.regression_head.bbox_reg.weight']) // 4
+        classes = len(state_dict['head.classification_head.cls_logits.weight']) // anchors  # a score for each anchor
+    else:
+        raise ValueError(
+            f'{name!r} is not a checkpoint of a detector. To load it into the backbone, pass weights_backbone={name!r}'
+        )
+    return {'num_classes': classes}, lambda: state_dict
+
+
+def load_weights(model: Detector, name: str, read: Callable[[], StateDict]) -> None:
+    """Load weights into a detector with frozen norms; all names and shapes must match."""
+    try:
+        state_dict, names = read(), model.state_dict()
+        # frozen norms have no counter of batches
+        state_dict = {k: v for k, v in state_dict.items() if k in names or not k.endswith('.num_batches_tracked')}
+        model.load_state_dict(fit_state_dict(state_dict, model, PretrainedCfg()))
+    except (RuntimeError, OSError) as e:
+        raise ValueError(f'{name!r} cannot be loaded: {e}') from e
