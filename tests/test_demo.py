@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -84,7 +85,10 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
 def test_stopped_it_says_so_and_leaves_nothing(tmp_path):
     command = [sys.executable, '-m', 'timm_mrla', 'demo', '--out', 'digits']
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    printed = process.stderr.read(1)  # of the progress bar
+    printed = ''
+    while not printed.endswith(']') and (letter := process.stderr.read(1)):  # of the progress bar
+        printed += letter
+    time.sleep(1)  # tqdm does not like a signal while it is made
     process.send_signal(signal.SIGINT)
     printed += process.stderr.read()
     assert process.wait() == 130

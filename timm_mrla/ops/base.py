@@ -3,80 +3,32 @@
 m = sum_t a_t * v_t over the T blocks of the stage up to this one. The values v_t are kept, since later blocks read
 them; m is not. README.md in this folder derives the formulas. Shapes: x, d (the gradient of the output) [B, N, C] with
 N = P + L, prefix tokens first, L = H * W; values v and m [B, L, C]; keys [B, C]; w, the weights of v, [9, C]; a
-[B, heads, T]; per-channel vectors [C]; s, the drop path of each image, [B]; table [2, STRIDE],
-where the tensors of the memory are (base_memory.py).
+[B, heads, T]; per-channel vectors [C]; s, the drop path of each image, [B]; table [2, STRIDE], the addresses of keys
+and values.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.base_memory import address, addresses, block, grid_of, load, retrieve
+from timm_mrla.ops.base_memory import address, addresses, block, compute_value, grid_of, load, retrieve
 from timm_mrla.ops.common import (
     head_blocks,
     image_sums,
     kernel,
     load_channels,
-    load_map,
-    positions,
     query_key,
     split,
-    stencil,
-    store_map,
 )
-from timm_mrla.ops.light_pre import load_vector, normed_stencil, norms, whole
+from timm_mrla.ops.light_pre import norms, whole
 
-# rows and columns of a tile or positions of a block, channels, warps; as those of MRLA-light
-VALUE = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
+# positions of a block, channels, warps
 BLOCK = {'BP': 32, 'BC': 64, 'num_warps': 4}
 SUMS = {'BP': 64, 'BC': 64, 'num_warps': 8}
 STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
 
 # what is known of a channel: the norm of m is A * m + BIAS
 A, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(5))
-
-
-@kernel
-def _value(
-    x_ptr,
-    w_ptr,
-    nw_ptr,
-    nb_ptr,
-    stats_ptr,
-    v_ptr,
-    rows_ptr,
-    H,
-    W,
-    P,
-    C,
-    ROWS,
-    TILES,
-    TH: tl.constexpr,
-    TW: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Reads x once, writes v, the stencil of x or, with stats, of x after its norm.
-
-    rows [B * ROWS, C]: sums of x, if it is not normed.
-    """
-    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
-    b = (row // ROWS).to(tl.int64)
-    N = P + H * W
-    x_ptr += (b * N + P) * C
-    v_ptr += b * H * W * C
-    first = (row % ROWS) * TILES
-    s = tl.zeros((TH * TW, BC), tl.float32)
-    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
-        h, w = positions(tile, W, TH, TW)
-        if stats_ptr is None:
-            v = stencil(x_ptr, w_ptr, h, w, ch, H, W, C)
-            s += load_map(x_ptr, h, w, ch, H, W, C)
-        else:
-            weight, bias = load_channels(nw_ptr, ch, C), load_vector(nb_ptr, ch, C, 0.0)
-            v = normed_stencil(x_ptr, stats_ptr + b * 4 * N + P, w_ptr, weight, bias, h, w, ch, H, W, C, N)
-        store_map(v_ptr, v, h, w, ch, H, W, C)
-    if stats_ptr is None:
-        tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
 
 
 @kernel
@@ -245,25 +197,6 @@ def _apply(
         m *= tl.load(s_ptr + b)
     base = (b * (P + L) + P) * C
     tl.store(out_ptr + base + at, (load(x_ptr + base, at, mask) + m).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def compute_value(
-    x: torch.Tensor,
-    grid: list[int],
-    w: torch.Tensor,
-    dtype: torch.dtype,
-    normed: tuple[torch.Tensor | None, ...] = (None, None, None),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The value v in a dtype, and sums of x by rows [B, n, C], of the form `post` alone.
-
-    In the form `pre`, normed are weight, bias and statistics of the norm.
-    """
-    (B, N, C), (H, W) = x.shape, grid
-    n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))
-    v = torch.empty(B, C, H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-    rows = x.new_empty(B, n, C, dtype=torch.float32)
-    _value[(B * n, triton.cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
-    return v, rows
 
 
 def _attention(

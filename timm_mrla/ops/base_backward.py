@@ -4,8 +4,18 @@ import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.base import BIAS, BLOCK, MEAN, RSTD, STATISTICS, SUMS, VALUE, A, compute_value
-from timm_mrla.ops.base_memory import address, addresses, block, grid_of, load, load_weight, retrieve
+from timm_mrla.ops.base import BIAS, BLOCK, MEAN, RSTD, STATISTICS, SUMS, A
+from timm_mrla.ops.base_memory import (
+    VALUE,
+    address,
+    addresses,
+    block,
+    compute_value,
+    grid_of,
+    load,
+    load_weight,
+    retrieve,
+)
 from timm_mrla.ops.common import head_blocks, kernel, load_channels, query_key, query_key_backward, split, total
 from timm_mrla.ops.light_post_backward import gradient_maps as post_gradient_maps
 from timm_mrla.ops.light_pre import whole

@@ -1,15 +1,18 @@
-"""How kernels read the memory of MRLA-base: keys and values of a number of blocks that differs from launch to launch.
+"""The memory of MRLA-base: makes the value of a block, and lets kernels read the keys and values of all blocks.
 
-They are tensors of their own. A kernel gets a table [2, STRIDE] of their addresses, first those of values, then those
-of keys, and loops over it.
+Keys and values are tensors of their own, and their number differs from launch to launch. A kernel gets a table
+[2, STRIDE] of their addresses, first those of values, then those of keys, and loops over it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.common import kernel
+from timm_mrla.ops.common import kernel, load_channels, load_map, positions, split, stencil, store_map
+from timm_mrla.ops.light_pre import load_vector, normed_stencil
 
+# rows and columns of a tile, channels, warps; as those of MRLA-light
+VALUE = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
 ADDRESSES = 8  # that a launch of store_addresses writes
 
 
@@ -74,3 +77,65 @@ def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Ten
 def grid_of(B: int, L: int, C: int, BP: int, BC: int, **_) -> tuple[int, int]:
     """Programs of a kernel for one block of positions each."""
     return B * triton.cdiv(L, BP), triton.cdiv(C, BC)
+
+
+@kernel
+def _value(
+    x_ptr,
+    w_ptr,
+    nw_ptr,
+    nb_ptr,
+    stats_ptr,
+    v_ptr,
+    rows_ptr,
+    H,
+    W,
+    P,
+    C,
+    ROWS,
+    TILES,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Reads x once, writes v, the stencil of x or, with stats, of x after its norm.
+
+    rows [B * ROWS, C]: sums of x, if it is not normed.
+    """
+    row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    b = (row // ROWS).to(tl.int64)
+    N = P + H * W
+    x_ptr += (b * N + P) * C
+    v_ptr += b * H * W * C
+    first = (row % ROWS) * TILES
+    s = tl.zeros((TH * TW, BC), tl.float32)
+    for tile in range(first, min(first + TILES, tl.cdiv(H, TH) * tl.cdiv(W, TW))):
+        h, w = positions(tile, W, TH, TW)
+        if stats_ptr is None:
+            v = stencil(x_ptr, w_ptr, h, w, ch, H, W, C)
+            s += load_map(x_ptr, h, w, ch, H, W, C)
+        else:
+            weight, bias = load_channels(nw_ptr, ch, C), load_vector(nb_ptr, ch, C, 0.0)
+            v = normed_stencil(x_ptr, stats_ptr + b * 4 * N + P, w_ptr, weight, bias, h, w, ch, H, W, C, N)
+        store_map(v_ptr, v, h, w, ch, H, W, C)
+    if stats_ptr is None:
+        tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
+
+
+def compute_value(
+    x: torch.Tensor,
+    grid: list[int],
+    w: torch.Tensor,
+    dtype: torch.dtype,
+    normed: tuple[torch.Tensor | None, ...] = (None, None, None),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The value v in a dtype, and sums of x by rows [B, n, C], of the form `post` alone.
+
+    In the form `pre`, normed are weight, bias and statistics of the norm.
+    """
+    (B, N, C), (H, W) = x.shape, grid
+    n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))
+    v = torch.empty(B, C, H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    rows = x.new_empty(B, n, C, dtype=torch.float32)
+    _value[(B * n, triton.cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
+    return v, rows
