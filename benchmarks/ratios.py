@@ -30,7 +30,7 @@ def main() -> None:
         ax.set_yticks(range(len(labels)), labels, fontsize=7)
         ax.invert_yaxis()
         ax.axvline(1, color='black', linewidth=1, linestyle='--')
-        ax.set_xlabel('time, as a ratio to the plain backbone; lines from the least to the greatest of all rounds')
+        ax.set_xlabel('time relative to the plain backbone; lines span all rounds', fontsize=8)
         ax.set_title(f'{file["device"]}, torch {file["torch"]}', fontsize=9)
     figure.savefig(args.out, dpi=150)
 
