@@ -105,4 +105,4 @@ test accuracy:                                {accuracy:.2%}
 of timm.create_model('{name}'): {test_digits(name):.2%}
 
 On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with timm's train.py:
-  timm-mrla run train.py DATA --model {args.model} --num-classes N --amp --channels-last""")
+  timm-mrla run train.py --data-dir DATA --model {args.model} --num-classes N --amp --channels-last""")

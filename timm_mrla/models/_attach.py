@@ -71,7 +71,7 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
     if layer_attentions(model):
         raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
     if wrapper := _wrapper(model):
-        raise ValueError(f'{type(model).__name__} is wrapped by {wrapper}; attach first, then wrap')
+        raise ValueError(f'this model is wrapped by {wrapper}; attach first, then wrap')
     patterns = graft(model, LightBlock, backbone, blocks, identity)
     entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
     if entry:
