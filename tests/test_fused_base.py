@@ -6,7 +6,6 @@ Without a GPU, `test_fused.py` runs this file in a process of its own, in the in
 import copy
 
 import pytest
-import timm
 import torch
 from compile_kernels import record, resources
 from gpu import (
@@ -20,7 +19,6 @@ from gpu import (
     kernels,
     maps,
     model_and_images,
-    on_gpu,
 )
 from memory import saved_bytes
 from timm.layers import LayerNorm, RmsNorm
@@ -365,59 +363,12 @@ def test_reparameterized_models_run_in_the_kernels():
         assert_close('logits', expected, model(x), 1e-4)
 
 
-def big(name):
-    torch.manual_seed(0)
-    model = timm.create_model(name).cuda().to(**CHANNELS_LAST)
-    return model, torch.randn(16, *model.pretrained_cfg['input_size'], device='cuda').contiguous(**CHANNELS_LAST)
-
-
-@on_gpu
-@pytest.mark.parametrize('name', ['resnet50_mrlab', 'deit_small_mrlab', 'pvt_v2_b0_mrlab'])
-def test_big_models_train_in_bfloat16_as_they_do_plain(name):
-    model, x = big(name)
-    with torch.autocast('cuda', torch.bfloat16):
-        assert set(timm_mrla.why_not_fused(model, x).values()) == {''}
-    gradients = []
-    for enable in (True, False):
-        timm_mrla.set_fused(enable)
-        model.zero_grad()
-        with torch.autocast('cuda', torch.bfloat16):
-            loss = model.train()(x).float().square().mean()
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    timm_mrla.set_fused(True)
-    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
-
-
-@on_gpu
-def test_a_big_model_in_a_cuda_graph():
-    model, x = big('resnet50_mrlab')
-    model.eval()
-    with torch.no_grad(), torch.autocast('cuda', torch.bfloat16, cache_enabled=False):
-        expected = model(x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = model(x)
-        graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(y, expected)
-
-
 @kernels
 def test_backward_keeps_outputs_and_the_values_that_later_blocks_read():
     """Of a stage of three blocks, five maps: the three that the blocks read, and two values."""
     stage, x = nn.ModuleList(post(32, 2) for _ in range(3)), maps(2, 32, 16, 16).requires_grad_()
     stage.forward = lambda x: run_stage(stage, x)
     assert 5 * x.nbytes < saved_bytes(stage, x) < 5.5 * x.nbytes
-
-
-@on_gpu
-def test_backward_needs_little_more_memory_than_the_backbone():
-    model, x = big('resnet50_mrlab')
-    plain = timm.create_model('resnet50', stem_type='deep', stem_width=32).cuda().to(**CHANNELS_LAST)
-    with torch.autocast('cuda', torch.bfloat16):
-        assert saved_bytes(model.train(), x) < 1.45 * saved_bytes(plain.train(), x)
 
 
 def launch(dtype, C, heads):
