@@ -90,7 +90,7 @@ def _run_base(
     if layer.layout != 'NLC':
         x = x.flatten(1, 2)
     heads, dtype = layer.attn.num_heads, x.dtype
-    keys = [key.float().flatten(1) for key in memory[::2]]
+    keys = [key.float().flatten(1).contiguous() for key in memory[::2]]
     args = (x, keys, [*memory[1::2]], grid, _qk(layer), _taps(layer.v.weight))
     if isinstance(layer, InferenceBase):
         out, k, v = base_folded(*args, layer.scale, layer.bias, heads)
