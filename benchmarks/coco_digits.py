@@ -1,8 +1,8 @@
-"""Makes a data set in COCO's format, handwritten digits on photographs: `python benchmarks/coco_digits.py FOLDER`.
+"""Makes a data set in COCO format, handwritten digits on photographs: `python benchmarks/coco_digits.py FOLDER`.
 
-The scans of scikit-learn's digits stand at random places, scales and colours on photographs of scikit-image's and
-scikit-learn's. Each is an object with a box and polygons; a row of small ones is a crowd; some images have no object.
-The images for training and those for validation share no scan and no photograph.
+It pastes digits of scikit-learn, in random positions, sizes and colours, on photographs of scikit-image and
+scikit-learn. Each digit is an object with a box and polygons. A row of small digits is a crowd. Some images have no
+object. Training and validation images share no digit and no photograph.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CATEGORIES = [{'id': i, 'name': str(digit), 'supercategory': 'digit'} for i, dig
 
 
 def _photographs(split: str) -> list[np.ndarray]:
-    """Photographs [H, W, 3] in [0, 1]."""
+    """The photographs of a split, [H, W, 3] in [0, 1]."""
     samples = load_sample_images()
     samples = {Path(name).name: image for name, image in zip(samples.filenames, samples.images, strict=True)}
     images = [samples[name] if name in samples else getattr(data, name)() for name in PHOTOGRAPHS[split]]
@@ -35,7 +35,7 @@ def _photographs(split: str) -> list[np.ndarray]:
 
 
 def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """A part of a photograph, [H, W, 3]."""
+    """A random crop of a photograph, [H, W, 3]."""
     photograph, size = photographs[rng.integers(len(photographs))], SIZES[rng.integers(len(SIZES))]
     scale = rng.uniform(0.5, 1) * min(whole / side for whole, side in zip(photograph.shape, size, strict=False))
     height, width = (int(scale * side) for side in size)
@@ -44,7 +44,7 @@ def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.n
 
 
 def _paste(image: np.ndarray, scan: np.ndarray, box: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
-    """Draw a scan into an image, at a top, a left and a side; returns where it is, [H, W] in [0, 1]."""
+    """Draw a digit into an image, in place. box: top, left, side. Returns its opacity [H, W] in [0, 1]."""
     top, left, side = box
     window = np.s_[top : top + side, left : left + side]
     ink = np.zeros(image.shape[:2])
@@ -55,7 +55,7 @@ def _paste(image: np.ndarray, scan: np.ndarray, box: tuple[int, int, int], rng: 
 
 
 def _polygons(ink: np.ndarray) -> list[list[float]]:
-    """The outlines of a digit, x and y in turns; as in COCO, holes are filled."""
+    """The outlines of a digit as lists (x, y, x, y, ...). As in COCO, holes are filled."""
     contours = [c[:, ::-1] - 0.5 for c in measure.find_contours(np.pad(ink, 1), 0.5)]
     contours = [measure.approximate_polygon(c, 0.25) for c in contours]
     x_y = [(c[:-1], c[1:]) for c in contours if len(c) > 4]
@@ -64,13 +64,13 @@ def _polygons(ink: np.ndarray) -> list[list[float]]:
 
 
 def write_split(folder: str | Path, split: str, count: int, seed: int) -> None:
-    """Write images and annotations where torchvision's training script looks for those of COCO.
+    """Write images and annotations into the folder structure of COCO, as torchvision's training script expects it.
 
     Args:
         folder: Folder of the data set.
         split: 'train' or 'val'.
         count: Number of images.
-        seed: Of all that is random.
+        seed: Seed of all random choices.
     """
     rng, photographs, digits = np.random.default_rng(seed), _photographs(split), load_digits()
     scans = np.flatnonzero(np.isin(digits.target, DIGITS))

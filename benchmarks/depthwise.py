@@ -1,9 +1,9 @@
-"""Time and page faults of the depthwise 3x3 convolution on a CPU, by memory format and size.
+"""Measures time and page faults of the depthwise 3x3 convolution on a CPU, by memory format and size.
 
     python benchmarks/depthwise.py
 
-oneDNN computes it on blocks of channels. A map in NCHW it converts there and back, through three buffers of its size;
-where they are larger than what the allocator keeps, each call asks the system for them anew, page by page.
+oneDNN computes the convolution on blocks of channels. It converts a map in NCHW to blocks and back, with three buffers
+of the map's size. If the allocator does not keep such large buffers, each call requests them again, page by page.
 """
 
 import argparse
@@ -28,12 +28,12 @@ def measure(fn: Callable[[], object]) -> tuple[float, float]:
     timer.timeit(3)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     seconds = timer.timeit(20).mean
-    # Timer warms up with two calls more
+    # Timer adds two warm-up calls
     return seconds * 1e3, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 22
 
 
 def compare(B: int, C: int, H: int) -> dict[str, object]:
-    """The ways to convolve a map [B, C, H, H]."""
+    """Measure several ways to convolve a map [B, C, H, H]; they must give the same result."""
     x, weight = torch.randn(B, C, H, H), torch.randn(C, 1, 3, 3)
     x_last = x.to(memory_format=torch.channels_last)
 

@@ -1,9 +1,9 @@
-"""Parameters and multiply-adds of entries and of their plain backbones: the table of docs/models.md.
+"""Counts parameters and multiply-adds of entries and their plain backbones: the table of docs/models.md.
 
     python benchmarks/flops.py
     python benchmarks/flops.py --models convnext_tiny_mrla vit_small_patch14_reg4_dinov2_mrla
 
-MACs are those of convolutions and matrix products at the entry's input size, as torch.utils.flop_counter counts them.
+torch.utils.flop_counter counts the MACs of convolutions and matrix products, at the entry's input size.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
 
 
 def backbone(name: str) -> tuple[str, dict[str, object]]:
-    """The plain timm model of an entry, as arguments of `timm.create_model`. CeiT, which timm lacks, is its own."""
+    """The plain timm model of an entry, as arguments of `timm.create_model`. timm has no CeiT: its own entry."""
     return BACKBONES.get(name, name), MODEL_ARGS.get(name, {})
 
 
@@ -27,19 +27,19 @@ FAMILIES = ('resnet', 'deit', 'ceit', 'efficientnet', 'pvt_v2')
 
 
 class Without(nn.Module):
-    """In the place of a layer attention: adds nothing."""
+    """Replaces a layer attention and adds nothing."""
 
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
         return x
 
 
 def input_size(name: str) -> tuple[int, int, int]:
-    """Channels, height and width of an entry's own input."""
+    """Channels, height and width of an entry's default input."""
     return get_pretrained_cfg(name).input_size
 
 
 def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
-    """Parameters and MACs of a model of timm's registry, on the meta device; plain drops layer attention."""
+    """Parameters and MACs of a registered model, on the meta device; plain=True removes layer attention."""
     model = timm.create_model(name, device='meta', **kwargs).eval().requires_grad_(False)
     if plain:
         for module in model.modules():
@@ -51,7 +51,7 @@ def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) 
 
 
 def paper_entries() -> list[str]:
-    """The entries of the paper's families, by family and cost."""
+    """The entries of the paper's families."""
     light = [f'resnet{d}_mrla' for d in (18, 34, 50, 101, 152)] + [f'efficientnet_b{i}_mrla' for i in range(3)]
     light += timm.list_models(['deit_*_mrla', 'ceit_*_mrla'], exclude_filters='*384*') + [
         f'pvt_v2_b{i}_mrla' for i in range(6)
@@ -60,7 +60,7 @@ def paper_entries() -> list[str]:
 
 
 def family(name: str) -> str:
-    """The module of an entry."""
+    """The name of the module that defines an entry."""
     return model_entrypoint(name).__module__.rpartition('.')[2]
 
 

@@ -1,8 +1,8 @@
-"""Bytes that a training step saves for backward, as ratios to timm's plain backbone.
+"""Measures the bytes that a training step saves for backward, relative to timm's plain backbone.
 
     python benchmarks/memory.py --models resnet50_mrla resnet50_mrlab
 
-Counted are the storages that autograd saves, each once, parameters left out; on CUDA also the peak of allocated memory.
+It counts each storage that autograd saves once, without parameters. On CUDA, it also measures peak allocated memory.
 """
 
 import argparse
@@ -29,12 +29,12 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x)  # noqa: F841  holds what is saved, so that no address is given twice
+        out = model(x)  # noqa: F841  keeps saved tensors alive, so that no address is reused
     return sum(size for pointer, size in saved.items() if pointer not in parameters)
 
 
 def measure(name: str, kwargs: dict[str, object], entry: str, args: argparse.Namespace) -> tuple[float, float]:
-    """MiB saved for backward and MiB at the peak of a training step, per image."""
+    """MiB saved for backward, and peak MiB of a training step, both per image."""
     where = {'device': args.device, 'memory_format': torch.channels_last}
     model, x = timm.create_model(name, **kwargs).to(**where).train(), torch.randn(args.batch_size, *input_size(entry))
     x, peak = x.to(**where), 0

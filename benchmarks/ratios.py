@@ -1,4 +1,4 @@
-"""Draws what `throughput.py` measured: one bar for each ratio to timm's plain backbone, which is at 1.
+"""Draws the results of throughput.py as bars: time relative to timm's plain backbone, which is at 1.
 
 python benchmarks/ratios.py benchmarks/results/cost-cpu.json --out .github/costs.png
 """
@@ -13,7 +13,7 @@ COLORS = {'training': '#0072b2', 'inference': '#e69f00'}
 
 
 def main() -> None:
-    """Draw the bars of all files, one panel for each."""
+    """Draw one panel of bars for each file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('results', nargs='+', metavar='JSON', help='what throughput.py --json wrote')
     parser.add_argument('--out', default='costs.png', help='picture to write (default: %(default)s)')

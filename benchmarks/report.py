@@ -1,4 +1,4 @@
-"""What the benchmarks print: the machine, the versions, the date, and a table."""
+"""Prints the results of a benchmark: machine, versions, date and a table."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ __all__ = ['report']
 
 
 def report(rows: list[dict[str, object]], device: str, path: str | None) -> None:
-    """Print rows of one set of keys as a table, below what they were measured on; write all of it as JSON to a path."""
+    """Print machine and versions, then rows with the same keys as a table; write both as JSON if there is a path."""
     measured = describe_machine(device)
     print('\n' + '; '.join(f'{key} {value}' for key, value in measured.items()) + '\n')
     print('| ' + ' | '.join(rows[0]) + ' |\n|' + '---|' * len(rows[0]))

@@ -1,7 +1,7 @@
-"""Runs a script with detectors for small images in torchvision's registry, `fasterrcnn_small` and `maskrcnn_small`.
+"""Registers two detectors for small images, `fasterrcnn_small` and `maskrcnn_small`, in torchvision and runs a script.
 
-torchvision's training script has no option for the size of images, which its detectors enlarge to 800 pixels; a name of
-one's own has. `timm-mrla run benchmarks/small_detectors.py references/detection/train.py --model fasterrcnn_small ...`
+torchvision's detectors enlarge images to 800 pixels, and its training script has no option to change that.
+`timm-mrla run benchmarks/small_detectors.py references/detection/train.py --model fasterrcnn_small ...`
 """
 
 import os
@@ -12,7 +12,7 @@ from torchvision.models._api import register_model
 
 from timm_mrla.detection import faster_rcnn, mask_rcnn
 
-# shorter and longer side in pixels, and as many regions as such images have
+# shorter and longer side in pixels, and numbers of regions that suit such images
 SMALL = {
     'min_size': 112,
     'max_size': 160,
@@ -30,7 +30,7 @@ def fasterrcnn_small(**kwargs):
 
 @register_model()
 def maskrcnn_small(**kwargs):
-    """Mask R-CNN on resnet18_mrla, with less regions, since masks are what costs most."""
+    """Mask R-CNN on resnet18_mrla, with fewer regions, because masks cost most."""
     less = {'box_batch_size_per_image': 16, 'box_detections_per_img': 20}
     return mask_rcnn('resnet18_mrla', **{**SMALL, **less}, **kwargs)
 

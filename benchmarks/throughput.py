@@ -1,9 +1,9 @@
-"""Time of inference and of training steps, as ratios to timm's plain backbone.
+"""Measures the time of inference and training steps, relative to timm's plain backbone.
 
     python benchmarks/throughput.py --models resnet50_mrla resnet50_mrlab --batch-size 4
 
-Both models run in one process, in turns, so that what else the machine does meets both. A ratio is the median over the
-rounds, with the least and the greatest.
+Both models run in one process, in turns, so that other load on the machine affects both. The ratio is the median over
+the rounds; the table also has the least and the greatest.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last
 
 
 def build(name: str, kwargs: dict[str, object], args: argparse.Namespace, case: tuple[str, ...]) -> Callable[[], None]:
-    """One step of a model in one case, as a function."""
+    """Return a function that runs one step of a model in one case."""
     task, how, layout, dtype, _ = case
     model = timm.create_model(name, **kwargs).to(args.device, memory_format=LAYOUTS[layout])
     x = torch.randn(args.batch_size, *input_size(args.entry), device=args.device).to(memory_format=LAYOUTS[layout])
@@ -54,7 +54,7 @@ def build(name: str, kwargs: dict[str, object], args: argparse.Namespace, case: 
 
 
 def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> dict[str, object]:
-    """Seconds a step of the entry and of its backbone, and the ratios, over the rounds."""
+    """Measure seconds per step of the entry and its backbone, and their ratios over the rounds."""
     plain, kwargs = backbone(args.entry)
     timm_mrla.set_fused(case[4] == 'on')
     ours = {'mrla_recompute': 'recomputed' in case[1]}
@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace, case: tuple[str, ...], progress: tqdm) -> 
         name: Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads())
         for name, step in steps.items()
     }
-    slowest = max(timer.timeit(2).mean for timer in timers.values())  # compiles and warms up, too
+    slowest = max(timer.timeit(2).mean for timer in timers.values())  # also compiles and warms up
     number = 1 + int(args.seconds / slowest)
     seconds = {name: [] for name in timers}
     for i in range(args.rounds):

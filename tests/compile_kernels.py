@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not there, and asks the assembler for registers and spills."""
+"""Compiles kernels for GPUs without having one, and reads registers and spills from the assembler's log."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp
 
 
 def record(monkeypatch, launch):
-    """The launches of kernels that `launch()` makes, distinct ones: kernel, its arguments, warps. None is run."""
+    """The distinct kernel launches of `launch()`, as (kernel, arguments, number of warps). No kernel runs."""
     launches = {}
 
     def run(kernel, *args, grid, warmup, num_warps=4, **kwargs):
@@ -30,7 +30,7 @@ def record(monkeypatch, launch):
 
 
 def specialize(kernel, arguments):
-    """Signature, constants and attributes of the variant of a kernel that Triton makes for some arguments."""
+    """Signature, constants and attributes with which Triton would compile a kernel for some arguments."""
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value, parameter = arguments[name], kernel.params[i]
@@ -46,7 +46,7 @@ def specialize(kernel, arguments):
 
 
 def resources(launch, capability):
-    """Registers of a thread, and bytes that it spills, on a GPU of a capability such as 90."""
+    """Registers and spilled bytes of a thread, on a GPU of a compute capability such as 90."""
     kernel, arguments, num_warps = launch
     signature, constants, attributes = specialize(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -1,9 +1,9 @@
-"""What test files share."""
+"""Fixtures and settings for all test files."""
 
 import gc
 import os
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run in two processes; before torch is imported
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported; tests run in two processes
 
 import huggingface_hub.constants as constants
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in for the Hugging Face Hub, which this process talks to, and others whose environment is `hub.env`."""
+    """A local Hugging Face Hub for this process, and for child processes with the environment `hub.env`."""
     hub = Hub()
     hub.cache = tmp_path / 'cache'
     monkeypatch.setattr(constants, 'ENDPOINT', hub.url)
@@ -45,12 +45,12 @@ def images(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, or one process would wait for the other at the end."""
+    """Run the slowest files first: otherwise one process waits for the other at the end."""
     longest = ('test_timm.py', 'test_registry.py', 'test_launcher.py', 'test_contract.py', 'test_models.py')
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def pytest_collection_finish():
-    """The garbage collector need not walk through all that was imported, which takes a sixth of the tests' time."""
+    """Exclude imported objects from garbage collection, which would take a sixth of the tests' time."""
     gc.collect()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""What the tests of the fused kernels share: where the kernels run, random maps and layers, and how close is close.
+"""Helpers for tests of the fused kernels: device, random maps and layers, comparison with float64.
 
-The interpreter is chosen before Triton is imported, so tests in it run in a process of their own.
+Triton's interpreter must be chosen before Triton is imported, so tests in it run in a separate process.
 """
 
 import copy
@@ -31,7 +31,7 @@ def on_gpu(test):
 
 
 def assert_close(name, expected, result, ratio):
-    """Relative to the norm of the expected tensor."""
+    """Assert that the error, relative to the norm of the expected tensor, is below a ratio."""
     expected, result = expected.double(), result.double()
     assert expected.shape == result.shape, name
     error = (expected - result).norm() / expected.norm().clamp_min(1e-6)
@@ -60,7 +60,7 @@ def model_and_images(name, size, **kwargs):
 
 
 def steps(model, x, count=3):
-    """Losses of some steps of training."""
+    """The losses of some training steps."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
     for _ in range(count):
         loss = model.train()(x).square().mean()
@@ -72,7 +72,7 @@ def steps(model, x, count=3):
 
 
 def assert_trains_as_plain(model, x):
-    """Three steps of training are as close to those in float64 as those of the plain layers."""
+    """In three training steps, the kernels' losses are as close to float64 as the losses of the plain layers."""
     reasons = timm_mrla.why_not_fused(model, x)
     assert [*reasons] == [*layer_attentions(model)] and set(reasons.values()) == {''}
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()

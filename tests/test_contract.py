@@ -1,4 +1,4 @@
-"""What holds for layer attention on every module of timm's, on a small model of each kind of block, form and layout."""
+"""Tests that every supported timm module must pass, with a small model for each kind of block, form and layout."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from timm_mrla.models._registry import BACKBONES
 
 SHALLOW = {'depths': (1, 1, 2, 1)}
 NARROW = {'img_size': 64, 'embed_dim': (32, 32, 64, 64), 'depths': (1, 2, 2, 1)}
-# timm's entry, what makes it small, and the size of its images
+# timm's entry, arguments for a small model, and the size of its images
 CASES = {
     'resnet': ('test_resnet', {}, (64, 96)),
     'resnet with basic blocks': ('resnet10t', {'channels': (32, 32, 64, 64)}, (64, 96)),
@@ -58,7 +58,7 @@ CASES = {
 ENTRIES = {backbone: entry for entry, backbone in BACKBONES.items() if entry.endswith('_mrla')}
 MODULES = [case for case in CASES if ' ' not in case]
 every = pytest.mark.parametrize('case', CASES)
-# of the modules' further kinds of blocks, the plain test command holds the equations and the identity
+# for a module's further kinds of blocks, the plain test command tests only the equations and the identity
 every_module = pytest.mark.parametrize('case', slow_except(MODULES, CASES))
 
 
@@ -70,7 +70,7 @@ def arguments(case, **kwargs):
 
 
 def randomize(model):
-    """Away from what models start with: norms without statistics, biases and last norms at zero, tiny layer scales."""
+    """Move a model away from its initial values: trivial statistics, zero biases and norms, tiny layer scales."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -80,14 +80,14 @@ def randomize(model):
 
 
 def stock(case, dtype=torch.float64, **kwargs):
-    """timm's model, of random weights."""
+    """timm's plain model with random weights."""
     torch.manual_seed(0)
     name, kwargs = arguments(case, **kwargs)
     return randomize(timm.create_model(name, **kwargs)).to(dtype).eval()
 
 
 def create(case, dtype=torch.float64, **kwargs):
-    """Ours by name, as for training from scratch."""
+    """Our model by name, initialized for training from scratch."""
     torch.manual_seed(0)
     name, kwargs = arguments(case, **kwargs)
     return randomize(timm.create_model(ENTRIES[name], **kwargs)).to(dtype).eval()
@@ -98,7 +98,7 @@ def images(case, batch=2, dtype=torch.float64):
 
 
 def assert_equal_functions(ours, theirs, x):
-    """To the last bit, in eval mode and then, norms or not, in train mode; intermediates too."""
+    """Outputs in eval and train mode and intermediate features are bit-identical."""
     for mode in (False, True):
         outputs = []
         for model in (ours, theirs):
@@ -231,7 +231,7 @@ def test_layouts_folding_and_half_precision(case):
 @every_module
 @torch.no_grad()
 def test_parameters_and_macs_are_those_of_the_equations(case):
-    """2 K(C) + 10 C and those of the norms; the multiplications of v and of the convolutions to q and k."""
+    """Parameters: 2 K(C) + 10 C and the norms. MACs: the convolutions of q, k and v."""
 
     def cost(model):
         with FlopCounterMode(display=False) as counter:

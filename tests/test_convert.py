@@ -1,4 +1,4 @@
-"""`timm-mrla convert`: checkpoints of the authors' scripts and of timm's become folders that timm loads."""
+"""Tests of `timm-mrla convert`: it turns checkpoints of the authors' and timm's scripts into folders for timm."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from timm_mrla.hub import load_checkpoint
 
 @pytest.fixture
 def convert(monkeypatch, capsys, tmp_path):
-    """The command, in an empty folder; returns its last line on stderr if it refuses."""
+    """Runs the command in an empty folder; returns the last line of stderr if it fails."""
     monkeypatch.chdir(tmp_path)
 
     def command(*args):
@@ -43,7 +43,7 @@ def convert(monkeypatch, capsys, tmp_path):
 
 
 def wrap(wrapper, state_dict):
-    """What a script of torch's, DeiT's or timm's writes; the averaged weights are the ones to take."""
+    """Checkpoints in the formats of torch's, DeiT's and timm's scripts; averaged weights take precedence."""
     ddp = {f'module.{k}': v for k, v in state_dict.items()}
     stale = {k: torch.zeros_like(v) for k, v in ddp.items()}
     beside = {'epoch': 99, 'arch': 'x', 'optimizer': {'state': {0: {'step': torch.tensor(1.0)}}, 'param_groups': []}}
@@ -76,7 +76,7 @@ def test_checkpoints_of_the_authors(name, convert):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    """With another number of classes and another size, as it stands in the README."""
+    """With another number of classes and another image size, as in the documentation."""
     model = timm.create_model('deit_tiny_mrla', num_classes=7, img_size=(64, 96), in_chans=1).eval()
     torch.save(model.state_dict(), tmp_path / 'last.pth.tar')
     command = [sys.executable, '-m', 'timm_mrla', 'convert', 'last.pth.tar', '--model', 'deit_tiny_mrla']
@@ -154,7 +154,7 @@ def test_names_that_wrappers_have_inside(tmp_path):
 
 
 def test_a_prefix_that_not_all_names_have(convert):
-    """As Lightning writes them, for a loss that has parameters too."""
+    """Like a Lightning checkpoint in which the loss has parameters, too."""
     state_dict = timm.create_model('resnet18_mrla').state_dict()
     torch.save({'loss.scale': torch.ones(1), **{f'model.{k}': v for k, v in state_dict.items()}}, 'last.ckpt')
     message = convert('last.ckpt', '--model', 'resnet18_mrla', '--out', 'out')
@@ -203,7 +203,7 @@ def test_mistakes_in_the_command(convert):
     os.mkdir('taken')
     assert "'taken' exists" in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'taken')
     assert "no model 'resnet19_mrla'" in convert('last.pth', '--model', 'resnet19_mrla', '--out', 'out')
-    # these before the checkpoint is read, which none of them is
+    # these fail before the checkpoint is read
     Path('text.pth').write_text('hello')
     assert "'last.pth/out' cannot be made" in convert('text.pth', '--model', 'resnet18_mrla', '--out', 'last.pth/out')
     assert "'resnet18' is no model of timm-mrla" in convert('text.pth', '--model', 'resnet18', '--out', 'out')
@@ -224,7 +224,7 @@ def test_values_that_are_not_finite_are_told(convert):
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
-    """As a limit on the size of a file makes one."""
+    """A limit on the file size simulates it."""
     torch.save(timm.create_model('resnet18_mrla').state_dict(), tmp_path / 'last.pth')
     command = [sys.executable, '-m', 'timm_mrla', 'convert', 'last.pth', '--model', 'resnet18_mrla', '--out', 'out']
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of entries against their plain backbones and the paper."""
+"""Tests of parameters and multiply-adds against the plain backbones and the paper."""
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from timm_mrla.layers import MrlaLight, layer_attentions
 
 @pytest.mark.parametrize('name', slow_except(['resnet50_mrla', 'ceit_tiny_mrla'], paper_entries()))
 def test_what_mrla_adds(name):
-    """The difference to the plain backbone is what the equations say: q, k, v, lam and norms."""
+    """The difference to the plain backbone follows from the equations: q, k, v, lam and norms."""
     model = timm.create_model(name, device='meta').eval()
     params, macs = 0, 0
 

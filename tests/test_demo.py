@@ -1,4 +1,4 @@
-"""The demo, as a user gives it."""
+"""Tests of the demo as a command line."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkey
 def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     for name in [n for n in sys.modules if n.partition('.')[0] == module or n == 'timm_mrla.cli.demo']:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, module, None)  # simulates that it is not installed
     message = refusal([], monkeypatch, capsys)
     assert f'needs {module}' in message
     assert "pip install 'timm-mrla[demo]'" in message
@@ -86,9 +86,9 @@ def test_stopped_it_says_so_and_leaves_nothing(tmp_path):
     command = [sys.executable, '-m', 'timm_mrla', 'demo', '--out', 'digits']
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     printed = ''
-    while not printed.endswith(']') and (letter := process.stderr.read(1)):  # of the progress bar
+    while not printed.endswith(']') and (letter := process.stderr.read(1)):  # end of the progress bar
         printed += letter
-    time.sleep(1)  # tqdm does not like a signal while it is made
+    time.sleep(1)  # a signal during the setup of tqdm would break it
     process.send_signal(signal.SIGINT)
     printed += process.stderr.read()
     assert process.wait() == 130

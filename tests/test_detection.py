@@ -1,4 +1,4 @@
-"""torchvision's detectors on our backbones: what they compute, what of them learns, how they are saved and loaded."""
+"""Tests of torchvision's detectors on our backbones: outputs, frozen parts, saving and loading."""
 
 import argparse
 import sys
@@ -43,7 +43,7 @@ def seed():
 
 
 def randomize(model):
-    """Batch norms as if they had been trained, none of them at zero."""
+    """Give batch norms random values and statistics, as after training; no weight is zero."""
     with torch.no_grad():
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):
@@ -70,7 +70,7 @@ def batch(dtype=torch.float32):
 
 
 def losses(model):
-    """Losses by name; which anchors and regions they are of is random."""
+    """Losses by name, with a seed, because torchvision samples anchors and regions."""
     torch.manual_seed(2)
     return model.train()(*batch())
 
@@ -81,7 +81,7 @@ def detections(model, dtype=torch.float32):
 
 
 def assert_same(ours, theirs):
-    """Loss by loss and box by box."""
+    """Each loss and each box is the same."""
     torch.testing.assert_close(losses(ours), losses(theirs), rtol=1e-5, atol=1e-5)
     found = detections(ours)
     torch.testing.assert_close(found, detections(theirs), rtol=1e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def assert_same(ours, theirs):
 
 
 def write_checkpoint(path, name, **kwargs):
-    """What timm's train.py writes of a model, whose layer attention is trained."""
+    """Write a checkpoint in the format of train.py, with trained layer attention."""
     model = randomize(timm.create_model(name, **kwargs))
     torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(model=name), 'epoch': 1}, path)
     return str(path)
@@ -153,7 +153,7 @@ def test_frozen_as_torchvisions(tmp_path):
 
 @pytest.mark.parametrize('trainable', slow_except([3], range(6)))
 def test_what_is_trained_and_what_is_frozen(trainable, tmp_path):
-    """By name, as in torchvision; with what layer attention adds to the same blocks."""
+    """The same parameters as in torchvision, and the layer attention of the same blocks."""
     theirs = resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=trainable)
     plain, ours = (
         faster_rcnn(
@@ -178,7 +178,7 @@ def test_what_is_trained_and_what_is_frozen(trainable, tmp_path):
     assert not [m for m in ours.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-# the parameters of the stem and of the stages, by how their names start
+# prefixes of the parameter names of the stem and the stages
 LAYERS = {
     'resnet18_mrlab': ['conv1', 'layer1', 'layer2', 'layer3', 'layer4'],
     'convnext_atto_mrla': ['stem', 'stages.0', 'stages.1', 'stages.2', 'stages.3'],
@@ -213,7 +213,7 @@ def add_weights(hub, repo_id, model):
 
 @pytest.mark.slow
 def test_a_warm_start_can_learn(hub):
-    """Its norms at zero are not frozen, or nothing would ever reach what is before them."""
+    """Its norms at zero are not frozen: otherwise no gradient would reach the layers before them."""
     backbone = randomize(timm.create_model('resnet18'))
     add_weights(hub, 'timm/resnet18.a1_in1k', backbone)
     model = faster_rcnn('resnet18_mrla', weights_backbone='warmstart_a1_in1k', **SMALL)
@@ -249,7 +249,7 @@ def test_images_are_normed_as_the_backbones():
     assert retina_net(f'{name}_mrla', image_mean=[0.0] * 3, **SMALL).transform.image_mean == [0.0] * 3
 
 
-# one of each module of timm's that has maps of strides 4 to 32 for images of any size
+# one model of each timm module that has feature maps of strides 4 to 32 and takes images of any size
 FAMILIES = ['resnet18_mrlab', 'resnetv2_18_mrla', 'regnetx_002_mrla', 'efficientnet_b0_mrla', 'convnext_atto_mrla']
 FAMILIES += ['mobilenetv4_conv_small_050_mrla', 'swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla']
 FAMILIES += ['pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'poolformer_s12_mrla', 'edgenext_xx_small_mrla', 'fastvit_t8_mrla']
@@ -259,7 +259,7 @@ FAMILIES += ['davit_tiny_mrla']
 
 @pytest.mark.parametrize('name', slow_except(['convnext_atto_mrla', 'pvt_v2_b0_mrlab'], FAMILIES))
 def test_every_family(name):
-    """Maps of the right sizes, and a gradient for each parameter, which DistributedDataParallel asks for."""
+    """Maps have the right sizes, and each parameter gets a gradient, as DistributedDataParallel requires."""
     backbone = faster_rcnn(name).backbone
     maps = backbone(torch.rand(2, 3, 64, 96))
     sizes = {'0': (16, 24), '1': (8, 12), '2': (4, 6), '3': (2, 3), 'pool': (1, 2)}
@@ -271,7 +271,7 @@ def test_every_family(name):
 
 @pytest.mark.slow
 def test_maps_are_chosen_by_their_stride():
-    """Here another of stride 64 follows."""
+    """This backbone also has a map of stride 64, which is left out."""
     with torch.device('meta'):
         maps = retina_net('fastvit_mci3_mrla').backbone(torch.empty(1, 3, 128, 128))
     assert [y.shape[-1] for y in maps.values()] == [16, 8, 4, 2, 1]
@@ -308,7 +308,7 @@ def test_a_folder_and_the_hub(builder, hub, tmp_path):
 
 @pytest.mark.parametrize('builder', [slow(faster_rcnn), retina_net])
 def test_a_checkpoint_of_the_training_script(builder, tmp_path):
-    """Also of norms that were not frozen; the number of classes is the checkpoint's."""
+    """Also with norms that were not frozen. The checkpoint gives the number of classes."""
     model = builder('resnet18_mrla', **SMALL, **ALL[builder])
     randomize(model.backbone.body)
     path = str(tmp_path / 'model_0.pth')
@@ -424,7 +424,7 @@ BAD = [
 
 @pytest.mark.parametrize(('arguments', 'message'), BAD, ids=[message for _, message in BAD])
 def test_bad_input(arguments, message, files, hub):
-    """One sentence, before anything is downloaded."""
+    """The error comes before any download, and is short."""
     arguments = {'builder': mask_rcnn, 'backbone': 'resnet18_mrla', **arguments}
     arguments = {k: v.format(files) if isinstance(v, str) else v for k, v in arguments.items()}
     with pytest.raises(ValueError, match=f'(?s){message}') as e:
@@ -483,7 +483,7 @@ def test_a_picture_of_what_is_found(builder, categories, tmp_path, monkeypatch):
 
 
 def test_a_picture_of_nothing(tmp_path, monkeypatch):
-    model = retina_net('resnet18_mrla', **SMALL)  # whose scores are low at the start
+    model = retina_net('resnet18_mrla', **SMALL)  # untrained, so its scores are low
     save_pretrained(model, tmp_path / 'detector')
     picture = torch.full((3, 64, 80), 90, dtype=torch.uint8)
     to_pil_image(picture).save(tmp_path / 'image.png')
@@ -524,7 +524,7 @@ def test_bad_pictures(args, message, files, tmp_path, monkeypatch, capsys):
 @pytest.mark.downstream
 @pytest.mark.parametrize('builder', ALL)
 def test_onnx(builder, tmp_path):
-    """By the exporter that traces, as torchvision's own; torch.export takes neither those nor ours."""
+    """With the tracing exporter: torch.export can export neither torchvision's detectors nor ours."""
     import onnxruntime
 
     model = builder('resnet18_mrla', **SMALL, **ALL[builder])
@@ -537,5 +537,5 @@ def test_onnx(builder, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
     found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
     for (key, x), y in zip(expected.items(), found, strict=True):
-        tolerance = 1e-2 if key == 'masks' else 1e-3  # masks are pasted by another interpolation
+        tolerance = 1e-2 if key == 'masks' else 1e-3  # in ONNX, another interpolation pastes the masks
         torch.testing.assert_close(torch.from_numpy(y), x, rtol=tolerance, atol=tolerance)

@@ -1,4 +1,4 @@
-"""Two gloo processes, under DistributedDataParallel or sharded, against one process with the whole batch."""
+"""Tests of DistributedDataParallel and sharding: two gloo processes against one process with the whole batch."""
 
 from multiprocessing import forkserver
 
@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_mrla.detection import retina_net
 from timm_mrla.hub import save_pretrained
 
-# the processes come from one that has imported this, which takes longer than what they run
+# import it once in the fork server, because the import takes longer than the test itself
 forkserver.set_forkserver_preload(['timm_mrla.detection'])
 
 MODELS = {
-    # norms over groups: BatchNorm sees the batch of its own process only
+    # group norms, because BatchNorm sees only the batch of its own process
     'resnet18_mrla': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1', mrla_recompute=True),
     'resnet18_mrlab': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1', mrla_recompute=True),
     'deit_tiny_mrla': dict(img_size=32, depth=3),
@@ -80,7 +80,7 @@ def train_sharded(rank, name, folder):
 
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'deit_tiny_mrlab'])
 def test_sharded_models_train_and_are_saved_whole(name, tmp_path):
-    """Also where single layers of layer attention are sharded by themselves."""
+    """Also if single layers inside layer attention are sharded separately."""
     start_processes(train_sharded, (name, str(tmp_path)), nprocs=2, start_method='forkserver')
     model = create(name)
     expected = model.eval()(images())
@@ -92,7 +92,7 @@ def test_sharded_models_train_and_are_saved_whole(name, tmp_path):
 
 
 def batch_of_one_size():
-    """Of others, the smaller image is padded, which is not so in a process of its own."""
+    """With different sizes, one process would pad the smaller image, and two processes would not."""
     images, targets = batch(torch.float64)
     images = [image[:, :64, :60] for image in images]
     for target in targets:
@@ -116,7 +116,7 @@ def train_one_image(rank, checkpoint, folder):
 
 
 def test_gradients_of_a_detector_are_those_of_the_whole_batch(tmp_path):
-    """RetinaNet's losses are means over the images, and nothing in them is drawn at random."""
+    """RetinaNet, because its losses are means over images and involve no random sampling."""
     checkpoint = write_checkpoint(tmp_path / 'checkpoint', 'resnet18_mrla')
     model = retina_net('resnet18_mrla', weights_backbone=checkpoint, num_classes=4, min_size=32, max_size=48).double()
     torch.save(model.state_dict(), tmp_path / 'model.pth')

@@ -1,6 +1,6 @@
-"""The models inside other libraries, by the recipes of docs/other-libraries.md and docs/export.md.
+"""Tests of models inside other libraries, by the recipes of docs/other-libraries.md and docs/export.md.
 
-The libraries are those of the extra `downstream`.
+The extra `downstream` installs the libraries.
 """
 
 import copy
@@ -28,11 +28,11 @@ def seed():
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A function that writes a model's checkpoint, and gives the arguments which read it."""
+    """A function that writes a checkpoint of a model and returns the create_model arguments that load it."""
 
     def write(model):
         with torch.no_grad():
-            for _ in range(3):  # norms that have seen something
+            for _ in range(3):  # for non-trivial running statistics
                 model.train()(torch.randn(8, 3, 64, 96))
         torch.save({'state_dict': model.state_dict()}, tmp_path / 'model_best.pth.tar')
         return {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(tmp_path / 'model_best.pth.tar')}}
@@ -85,7 +85,7 @@ def write_shapes(folder, count, seed):
 
 @pytest.fixture(scope='module')
 def shapes(tmp_path_factory):
-    """torchvision's view of two such sets, for training and for validation."""
+    """Two such data sets, for training and validation, as torchvision loads them."""
     from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
     from torchvision.transforms import v2
 
@@ -207,7 +207,7 @@ def test_fastai(images):
 
 @pytest.mark.parametrize('name', ['resnet18', 'vit_tiny_patch16_224', 'convnext_atto'])
 def test_peft(name, tmp_path, monkeypatch):
-    """An adapter of layer attention trains and saves what it adds, running statistics included, and nothing else."""
+    """The adapter trains and saves only layer attention, with its running statistics, and the head."""
     monkeypatch.chdir(tmp_path)
     size = ', img_size=64' if name.startswith('vit') else ''
     changes = {"'resnet50', num": f"'{name}'{size}, num", "'fc'": "'fc'" if name == 'resnet18' else "'head'"}
@@ -261,7 +261,7 @@ def test_open_clip():
     assert_layer_attention_learns(clip.visual, (scale * images @ text.T).diagonal().sum())
 
 
-# small ones of each kind; those of tokens at one image size
+# a small model of each kind; models with tokens have a fixed image size
 EXPORTED = {
     'resnet18_mrla': {},
     'resnet18_mrlab': {},
@@ -275,7 +275,7 @@ EXPORTED = {
 
 
 def export(heading, name, arguments):
-    """A recipe's names for another model, and images of the size of the example and of others."""
+    """Run an export recipe for another model; return its variables and images of two sizes."""
     arguments = ', '.join(f'{k}={v!r}' for k, v in {**EXPORTED[name], **arguments}.items())
     names = recipe(heading, {"'resnet50_mrla'": f"'{name}', {arguments}", '8, 3, 224, 224': '8, 3, 64, 96'})
     sizes = [(8, 3, 64, 96), (5, 3, 64, 96) if 'img_size' in EXPORTED[name] else (5, 3, 77, 128)]
@@ -305,7 +305,7 @@ def test_openvino(name):
     names, batches = export('OpenVINO', name, {})
     for x in batches:
         with torch.no_grad():
-            # by default OpenVINO computes in bfloat16 where the processor does
+            # by default, OpenVINO uses bfloat16 on processors that support it
             assert relative_error(torch.from_numpy(names['compiled'](x)[0]), names['model'](x)) < 0.02
 
 
@@ -324,7 +324,7 @@ def test_openvino(name):
 )
 @pytest.mark.parametrize(('dynamo', 'examples'), [(False, 3), (True, 3), (True, 1)])
 def test_onnx_of_each_form_and_layout(name, dynamo, examples, tmp_path):
-    """With weights as constants in the file, whether constants are folded or not, for any number of images."""
+    """Weights are constants in the file, with and without constant folding; any batch size works."""
     if examples == 1 and 'pvt' in name:
         pytest.skip("timm's plain PVTv2 is exported for one image alone, too")
     import onnx
@@ -368,7 +368,7 @@ def test_core_ml_from_torch_export(name):
 
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'efficientnet_b0_mrla', 'convnext_atto_mrla'])
 def test_structured_pruning(name, monkeypatch):
-    """Three times in a row, with training steps between; widths between blocks too, to multiples of the heads."""
+    """Prune three times with training in between; also widths between blocks, to multiples of the heads."""
     model = timm.create_model(name, num_classes=10)
     monkeypatch.setattr(timm, 'create_model', lambda _: model)
     layers = layer_attentions(model)

@@ -1,6 +1,6 @@
-"""The fused kernels against the plain layer in float64: on a GPU where there is one, else in Triton's interpreter.
+"""Tests of the fused kernels against the plain layer in float64, on a GPU or in Triton's interpreter.
 
-The interpreter is chosen before Triton is imported, so these tests then run in a process of their own.
+Triton's interpreter must be chosen before Triton is imported, so these tests then run in a separate process.
 """
 
 import copy
@@ -477,7 +477,7 @@ def test_kernels_are_turned_off():
 
 @kernels
 def test_a_kernel_that_cannot_run_is_reported_once(monkeypatch, caplog):
-    """As on a GPU for which Triton cannot compile it; the plain layer runs."""
+    """Like on a GPU for which Triton cannot compile it. The plain layer runs."""
     from timm_mrla.ops import light_post
 
     def fail(*args):
@@ -574,7 +574,7 @@ def test_maps_of_more_than_2_to_the_31_elements():
 
 
 def launch_post(dtype, C, heads):
-    """Every kernel of the form `post`, with and without what is optional."""
+    """Every kernel of the form `post`, with and without its optional arguments."""
     from timm_mrla.ops import light_post, light_post_backward
 
     x, o, d = (torch.empty(2, C, 7, 7, dtype=dtype).contiguous(**CHANNELS_LAST) for _ in range(3))
@@ -587,7 +587,7 @@ def launch_post(dtype, C, heads):
 
 
 def launch_pre(dtype, C, heads):
-    """Every kernel of the form `pre`, with and without what is optional."""
+    """Every kernel of the form `pre`, with and without its optional arguments."""
     from timm_mrla.ops import light_pre, light_pre_backward
 
     x, o, d = (torch.empty(2, 54, C, dtype=dtype) for _ in range(3))

@@ -1,6 +1,6 @@
-"""The fused kernels of MRLA-base against the plain layer in float64, on a GPU or in Triton's interpreter.
+"""Tests of the fused kernels of MRLA-base against the plain layer in float64, on a GPU or in Triton's interpreter.
 
-Without a GPU, `test_fused.py` runs this file in a process of its own, in the interpreter.
+Without a GPU, `test_fused.py` runs this file in a separate process, in the interpreter.
 """
 
 import copy
@@ -45,7 +45,7 @@ def pre(dim, heads, norm=LayerNorm, layout='NLC', dtype=torch.float32, **kwargs)
 
 
 def memory_of(blocks, B, C, heads, H, W, dtype=torch.float32):
-    """Keys and values of so many blocks before."""
+    """Keys and values of a number of earlier blocks."""
     pairs = ((torch.randn(B, heads, C // heads, device=DEVICE), maps(B, C, H, W, dtype=dtype)) for _ in range(blocks))
     return tuple(t for pair in pairs for t in pair)
 
@@ -101,7 +101,7 @@ def test_post(B, C, heads, H, W, before, drop_path, train):
 @pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=slow), torch.bfloat16], ids=str)
 @both_modes
 def test_post_in_half_precision(dtype, train):
-    """Where the ReLU is on without a doubt: at a rounding from zero it may be on in one and off in the other."""
+    """A large bias keeps the ReLU on: near zero, rounding may turn it on in one and off in the other."""
     torch.manual_seed(0)
     layer = post(48, 3, dtype=dtype).train(train)
     nn.init.constant_(layer.norm.bias, 20)
@@ -191,7 +191,7 @@ def run_stage(stage, x, feat_size=None):
 @kernels
 @pytest.mark.parametrize('form', ['post', 'pre'])
 def test_a_stage(form):
-    """What reaches a value from later blocks is counted once; the outputs of one layer are the inputs of the next."""
+    """Gradients of a value from later blocks count once; each layer reads the outputs of the layer before."""
     torch.manual_seed(0)
     stage = nn.ModuleList(post(32, 2) if form == 'post' else pre(32, 2) for _ in range(4))
     x = maps(2, 32, 3, 4) if form == 'post' else torch.randn(2, 13, 32, device=DEVICE)
@@ -211,11 +211,11 @@ def test_a_stage(form):
 @pytest.mark.parametrize('x_dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('form', ['post', 'pre'])
 def test_autocast_gives_the_dtypes_of_the_plain_layer(form, x_dtype):
-    """And values as close to float64 as bfloat16 can be."""
+    """The values are as close to float64 as bfloat16 allows."""
     torch.manual_seed(0)
     layers = nn.ModuleList(post(32, 2) if form == 'post' else pre(32, 2) for _ in range(2))
     for layer in layers:
-        if form == 'post':  # at a rounding from zero a ReLU may be on in one and off in the other
+        if form == 'post':  # keeps the ReLU on, as above
             nn.init.constant_(layer.norm.bias, 20)
     x = maps(2, 32, 5, 6, dtype=x_dtype) if form == 'post' else torch.randn(2, 31, 32, device=DEVICE, dtype=x_dtype)
     results = []
@@ -365,14 +365,14 @@ def test_reparameterized_models_run_in_the_kernels():
 
 @kernels
 def test_backward_keeps_outputs_and_the_values_that_later_blocks_read():
-    """Of a stage of three blocks, five maps: the three that the blocks read, and two values."""
+    """For a stage of three blocks, these are five maps: the three inputs and two values."""
     stage, x = nn.ModuleList(post(32, 2) for _ in range(3)), maps(2, 32, 16, 16).requires_grad_()
     stage.forward = lambda x: run_stage(stage, x)
     assert 5 * x.nbytes < saved_bytes(stage, x) < 5.5 * x.nbytes
 
 
 def launch(dtype, C, heads):
-    """Every kernel of MRLA-base, with and without what is optional."""
+    """Every kernel of MRLA-base, with and without its optional arguments."""
     from timm_mrla.ops import base, base_backward
 
     key, value = torch.empty(2, C), torch.empty(2, C, 7, 7, dtype=dtype).contiguous(**CHANNELS_LAST)

@@ -1,4 +1,4 @@
-"""Models on the Hub: loading, publishing, and what can go wrong, against tests/hub.py."""
+"""Tests of models on the Hugging Face Hub: loading, publishing and errors, with the server of tests/hub.py."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def with_a_compiled_stage(model):
     ],
 )
 def test_what_is_wrapped_around_a_model_is_seen_through(wrap, process_group, hub, tmp_path):
-    """What is written is, to the last byte, what is written of the model itself."""
+    """The written files are byte-identical to those of the unwrapped model."""
     model, x = create('resnet18_mrla', num_classes=2), torch.randn(1, 3, 64, 64)
     expected = model(x)
     save_pretrained(model, tmp_path / 'plain')
@@ -180,7 +180,7 @@ def test_push_and_load_in_fresh_processes(hub, tmp_path):
     assert (result.dataset_type, result.metric_type, result.metric_value) == ('imagenet-1k', 'accuracy', 0.712)
     assert {'timm', 'image-classification'} <= set(card.data.tags)
 
-    # the card's own code, online and then offline, in processes that import nothing else
+    # the code of the model card, online and then offline, in processes that import nothing else
     Image.new('RGB', (80, 80), 'red').save(tmp_path / 'image.jpg')
     (code,) = re.findall('```python\n(.*?)```', card.content, flags=re.DOTALL)
     code += 'print(probabilities.tolist())'
@@ -217,7 +217,7 @@ def test_push_of_a_folder_brings_its_card_once(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'convnext_atto_mrla', 'deit_tiny_distilled_mrla'])
 def test_what_a_card_says_of_the_layers(name):
-    """Its names are those of modules, its numbers are theirs, and a layer for Grad-CAM goes from tensor to tensor."""
+    """Its module names and parameter counts are right, and its layer for Grad-CAM maps a tensor to a tensor."""
     model = create(name)
     said = model_card(model, f'hf-hub:{REPO}').content
     shown, count = (int(n.replace(',', '')) for n in re.search(r'([\d,]+) of ([\d,]+) parameters', said).groups())
@@ -312,13 +312,13 @@ def weights(**kwargs):
 )
 @pytest.mark.parametrize('num_classes', slow_except([3], [2, 3]))
 def test_weights_that_do_not_fit(tensors, message, num_classes, hub, tmp_path):
-    """Also with another number of classes, for which timm itself is not strict."""
+    """Also with another number of classes, where timm loads with strict=False."""
     save_pretrained(create('resnet18_mrla', num_classes=2), tmp_path / 'model')
     hub.add(REPO, tmp_path / 'model')
     hub.commit(REPO, {'model.safetensors': tensors if isinstance(tensors, bytes) else safetensors.torch.save(tensors)})
     with pytest.raises(RuntimeError, match=f'resnet18_mrla cannot be loaded from {REPO}: .*{message}'):
         timm.create_model(f'hf-hub:{REPO}', pretrained=True, num_classes=num_classes)
-    hub.add(REPO, tmp_path / 'model')  # what is mended there is mended here
+    hub.add(REPO, tmp_path / 'model')  # after a corrected upload, loading works
     assert timm.create_model(f'hf-hub:{REPO}', pretrained=True, num_classes=num_classes).num_classes == num_classes
 
 

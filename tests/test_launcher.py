@@ -1,4 +1,4 @@
-"""`timm-mrla run SCRIPT` against `python SCRIPT`, and with `-m MODULE`."""
+"""Tests of `timm-mrla run`: it runs a SCRIPT or `-m MODULE` just as python does."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from timm_mrla.cli import main
 PYTHON = [sys.executable]
 COMMAND = [str(Path(sys.executable).with_name('timm-mrla')), 'run']
 MODULE = [sys.executable, '-m', 'timm_mrla', 'run']
-STARTED = [sys.executable, launcher_module.__file__]  # what both become, in half the time
-# how they become it, without importing anything first
+STARTED = [sys.executable, launcher_module.__file__]  # the command that both execute; takes half the time
+# starts that command, without other imports
 LAUNCH = f"import runpy; runpy.run_path({launcher_module.__file__!r})['launch']('script.py')"
 SCRIPT, AS_MODULE = ['script.py'], ['-m', 'script']
 
-# sys.path as python has it: torch 2.9 appends a temporary folder, for modules that it generates
+# sys.path without the temporary folder that torch 2.9 appends for generated modules
 PATH = """
 import json, sys
 instantiator = sys.modules.get('torch.distributed.nn.jit.instantiator')
@@ -127,13 +127,13 @@ def test_a_checkout_that_is_not_installed(tmp_path):
     (tmp_path / 'timm_mrla').symlink_to(Path(timm_mrla.__file__).parent)
     script = write(tmp_path / 'scripts', "import timm; print(timm.is_model('resnet18_mrla'))")
     env = dict(PYTHONPATH=str(Path(timm.__file__).parents[1]))
-    # without site, so that an editable installation is not found
+    # without site, so that python does not find an editable installation
     assert run([sys.executable, '-S', *MODULE[1:]], script, cwd=tmp_path, env=env).stdout == 'True\n'
 
 
 @pytest.mark.slow
 def test_a_timm_beside_the_script_is_the_timm_that_is_used(tmp_path):
-    """As in a checkout of timm, whatever folder the command is given in, another checkout too."""
+    """As in a checkout of timm, from any working directory, even another checkout."""
     checkout = tmp_path / 'checkout'
     script = write(checkout, "import timm, timm_mrla; print(timm.__file__, timm.is_model('resnet18_mrla'))")
     other = tmp_path / 'other'
@@ -179,7 +179,7 @@ def test_interrupt(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
         )
         assert process.stdout.readline() == 'ready\n'
         time.sleep(0.2)  # into the sleep
@@ -250,7 +250,7 @@ dist.destroy_process_group()
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
     result = run(torchrun, *launcher, *target, 'x', 'x', 'x', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if not line.startswith('[Gloo]')]  # torch 2.9 says who meets
+    lines = [line for line in result.stdout.splitlines() if not line.startswith('[Gloo]')]  # a log of torch 2.9
     assert lines == [f'{tmp_path} __main__ True'] * 2
 
 
@@ -284,7 +284,7 @@ def test_version(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_package_that_imports_this_one_under_python_m(tmp_path):
-    """Registration is the import's, however python was started."""
+    """The import registers the models, however python was started."""
     write(tmp_path / 'package', 'import timm_mrla', '__init__.py')
     write(tmp_path / 'package', "import timm; print(timm.is_model('resnet18_mrla'))", '__main__.py')
     result = run([sys.executable, '-m', 'package'], cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The layers against the equations in loops, and their gradients against finite differences."""
+"""Tests of the layers against the equations in plain loops, and of their gradients against finite differences."""
 
 import naive
 import pytest
@@ -26,20 +26,20 @@ def seed():
 
 
 def build(layer, form, layout='NCHW', dim=DIM, dim_head=HEAD, **kwargs):
-    """A layer in float64, with the norm that reads what it is given."""
+    """A layer in float64, with a norm that fits its form and layout."""
     norm = nn.BatchNorm2d if form == 'post' else LayerNorm2d if layout == 'NCHW' else nn.LayerNorm
     return layer(dim, dim_head, norm, form, layout, **{**DD, **kwargs})
 
 
 def tensors(layout, num_prefix=0, size=(3, 5), batch=2, dim=DIM):
-    """Noise in a layout."""
+    """Random maps in a layout."""
     H, W = size
     shapes = {'NCHW': (dim, H, W), 'NHWC': (H, W, dim), 'NLC': (num_prefix + H * W, dim)}
     return torch.randn(batch, *shapes[layout], dtype=torch.float64, requires_grad=True)
 
 
 def prefix_and_map(x, layout, size, num_prefix):
-    """The prefix tokens, and the map [B, C, H, W] put together row by row."""
+    """Split into prefix tokens and the map [B, C, H, W], assembled row by row."""
     if layout == 'NCHW':
         return x[:0], x
     if layout == 'NHWC':
@@ -50,14 +50,14 @@ def prefix_and_map(x, layout, size, num_prefix):
 
 
 def run(mrla, x, o, memory, feat_size):
-    """One block of either kind."""
+    """Run one block of MRLA-light or MRLA-base."""
     if isinstance(mrla, MrlaBase):
         return mrla(x, memory, feat_size)
     return mrla(x, o, feat_size), memory
 
 
 def randomize(module):
-    """Weights and statistics that are no identity anywhere."""
+    """Random weights and statistics, so that no layer is an identity."""
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn_like(p))
@@ -76,7 +76,7 @@ def randomize(module):
     ids=['light', 'light with a normed value', 'base'],
 )
 def test_layers_are_the_equations(layer, kwargs, form, layout, num_prefix, size):
-    """Maps retrieve on the true grid; a prefix token c becomes c + norm_x(c) in the form `pre`, and stays in `post`."""
+    """Patches use the true grid. A prefix token c becomes c + norm_x(c) in the form `pre` and stays in `post`."""
     mrlas, ys, memory = [], [], ()
     for t in range(3):
         mrla = randomize(build(layer, form, layout, **kwargs)).eval()
@@ -196,11 +196,11 @@ def test_a_bad_form_or_layout_is_named(layer, kwargs, message):
 @every_form
 @every_layer
 def test_every_module_is_called(layer, form, layout, num_prefix):
-    """Parameters are used through the forward of the module that has them, which hooks may change."""
+    """The forward of each module with parameters is called, so that hooks can change its output."""
     kwargs = {'norm_v': nn.BatchNorm2d} if layer is MrlaLight else {}
     mrla = randomize(build(layer, form, layout, **kwargs)).eval()
     x, o = tensors(layout, num_prefix), tensors(layout, num_prefix)
-    memory = build(MrlaBase, form, layout)(x, (), (3, 5))[1]  # a block before: one weight is always 1
+    memory = build(MrlaBase, form, layout)(x, (), (3, 5))[1]  # an earlier block: a single weight is always 1
     plain, _ = run(mrla, x, o, memory, (3, 5))
     names = [n for n, m in mrla.named_modules() if n and [*m.parameters(recurse=False)]]
     assert {'attn.qk', 'v', 'norm' if form == 'post' else 'norm_x'} < {*names, ''}
@@ -230,7 +230,7 @@ def test_a_hook_on_queries_and_keys_changes_the_weights(layer, form):
 @every_form
 @every_layer
 def test_pruned_weights_train(layer, form):
-    """They are made anew before each forward pass, and what is pruned stays zero."""
+    """Each forward pass uses the updated weights, and pruned weights stay zero."""
     mrla = build(layer, form)
     convs = {'attn.qk': mrla.attn.qk, 'v': mrla.v}
     for conv in convs.values():
@@ -239,7 +239,7 @@ def test_pruned_weights_train(layer, form):
     first = {name: conv.weight.detach().clone() for name, conv in convs.items()}
     for _ in range(2):
         optimizer.zero_grad()
-        # two blocks, as one block of base has nothing to weigh
+        # two blocks, because with one block, base has a single weight of 1
         out, memory = run(mrla, tensors('NCHW'), tensors('NCHW'), (), None)
         run(mrla, out, tensors('NCHW'), memory, None)[0].square().mean().backward()
         optimizer.step()
@@ -269,7 +269,7 @@ def test_autocast_keeps_maps_in_bfloat16(layer):
 @every_form
 @every_layer
 def test_precisions_and_memory_formats(layer, form, dtype, memory_format, batch):
-    """Values and gradients of two blocks, within what rounding the input and the parameters leaves."""
+    """Values and gradients of two blocks, up to the rounding of the input and the parameters."""
 
     def step(dtype, memory_format):
         torch.manual_seed(0)
@@ -283,7 +283,7 @@ def test_precisions_and_memory_formats(layer, form, dtype, memory_format, batch)
         return {'out': out, 'x': x.grad, **{n: p.grad for n, p in blocks.named_parameters()}}
 
     exact, rounded = step(torch.float64, torch.contiguous_format), step(dtype, memory_format)
-    # a query and a key end in one number a head, whose rounding is spread over few weights
+    # larger for attn: a head reduces query and key to one number, whose rounding error falls on few weights
     for name, tensor in exact.items():
         tolerance = (100 if '.attn.' in name else 10) * torch.finfo(dtype).eps
         assert (rounded[name] - tensor).norm() <= tolerance * tensor.norm(), name
@@ -306,7 +306,7 @@ def test_channels_have_the_weights_of_their_heads():
 
 
 def test_memory_grows_with_the_number_of_blocks():
-    """What is kept for the backward pass grows by the same amount with each block: the memory is never copied."""
+    """The memory saved for backward grows by the same amount with each block: no block copies the memory."""
 
     def saved(num_blocks):
         blocks = [MrlaBase(DIM, HEAD, nn.BatchNorm2d) for _ in range(num_blocks)]
@@ -320,7 +320,7 @@ def test_memory_grows_with_the_number_of_blocks():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             for mrla in blocks:
                 x, memory = mrla(x, memory)
-        # the maps alone: weights of the heads do grow with the square, and are small
+        # only maps: the weights of the heads grow quadratically, but are small
         return sum(t.untyped_storage().nbytes() >= map_bytes for t in storages.values())
 
     assert saved(9) - saved(6) == saved(6) - saved(3)
@@ -328,7 +328,7 @@ def test_memory_grows_with_the_number_of_blocks():
 
 @pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
 def test_heads_stay_where_pruning_takes_channels(layer):
-    """Half of the channels of each head, as of a layer that was built so."""
+    """Keep half of the channels of each head: equal to a layer built with that width."""
     wide = layer(24, 6, nn.BatchNorm2d).double().eval()
     narrow = layer(12, 3, nn.BatchNorm2d).double().eval()
     narrow.attn.load_state_dict(wide.attn.state_dict())

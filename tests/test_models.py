@@ -1,4 +1,4 @@
-"""What timm's users do with a model, on one small entry of each kind."""
+"""Tests of timm's usual operations on models, with one small entry of each kind."""
 
 import copy
 import re
@@ -29,7 +29,7 @@ tokens = pytest.mark.parametrize('name', TOKENS)
 
 
 def create(name, dtype=torch.float64, **kwargs):
-    """A small model whose layer attention and residuals all do something."""
+    """A small model in which layer attention and residual branches are all non-zero."""
     torch.manual_seed(0)
     if name in TOKENS:
         kwargs = dict({'img_size': (48, 64), 'depth': 5, 'embed_dim': 64, 'num_heads': 2}, **kwargs)
@@ -48,7 +48,7 @@ def images(*size, batch=2, dtype=torch.float64):
 
 
 def neutralize(model):
-    """Set what MRLA adds to nothing: the norm after it to zero, or where there is none, the norm before it and lam."""
+    """Make MRLA add zero: set the norm after it to zero, or, in the form `pre`, the norm before it and lam."""
     for m in model.modules():
         if isinstance(m, MrlaLight | MrlaBase):
             zero = [*m.norm.parameters()] or [*m.norm_x.parameters(), *([m.lam] if isinstance(m, MrlaLight) else [])]
@@ -152,7 +152,7 @@ def test_without_its_branch_it_is_the_stock_model(name, train):
     ours = neutralize(create(name, **kwargs)).train(train)
     theirs = timm.create_model(plain, num_classes=7, dtype=torch.float64, **kwargs).train(train)
     theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if '.mrla.' not in k})
-    if train:  # the paths that layer attention drops would shift the random numbers
+    if train:  # drop path in layer attention would shift the random numbers
         for m in ours.modules():
             if isinstance(m, MrlaLight | MrlaBase):
                 m.drop_path = nn.Identity()
@@ -185,7 +185,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
 
 @every
 def test_gradient_checkpointing_recomputes_each_block(name):
-    """It saves memory: of the tensors that backward needs, far fewer are kept."""
+    """It saves memory: autograd keeps far fewer tensors for backward."""
 
     def saved(enable):
         model = create(name)
@@ -301,7 +301,7 @@ def test_layer_attention_is_where_the_paper_has_it_in_efficientnet():
 
 
 def test_ceit_reads_the_class_tokens_of_its_layers():
-    """Only the last class token queries, and only class tokens reach the head beside it."""
+    """Only the last class token is a query, and the head reads only class tokens."""
     model = create('ceit_tiny_mrla').eval()
     x = images()
     _, taken = model.forward_intermediates(x, return_prefix_tokens=True)
@@ -373,7 +373,7 @@ def test_ceit_keeps_its_patch_size():
 
 @deits
 def test_transposed_grid_is_not_the_same_grid(name):
-    """As many patches in another shape give another function: the grid is the true one, not a guess."""
+    """The same number of patches in another shape gives other outputs: the model uses the true grid, not a guess."""
     wide = create(name, pos_embed='none', dynamic_img_size=True).eval()
     x = images(48, 64)
     patches = wide.patch_embed.proj(x)
@@ -426,7 +426,7 @@ def test_features(name, feature_cls, output_stride):
     assert [tuple(y.shape[1:]) for y in out] == [(c, 64 // s, 96 // s) for c, s in zip(channels, strides, strict=True)]
     whole = create(name, output_stride=output_stride).eval()
     theirs = {n.replace('model.', '').replace('body.', ''): p for n, p in model.state_dict().items()}
-    if feature_cls != 'fx':  # whose own names differ
+    if feature_cls != 'fx':  # fx uses other names
         assert not whole.load_state_dict(theirs, strict=False).unexpected_keys
         torch.testing.assert_close(
             out, whole.forward_intermediates(x, [1, 2, 4], intermediates_only=True), rtol=0, atol=0
@@ -585,7 +585,7 @@ def test_autocast(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-# one of each block, form and kind; without gradients, all modules compile in test_contract.py
+# one of each block, form and kind; test_contract.py compiles all modules, without gradients
 @pytest.mark.parametrize(
     'name',
     slow_except(
@@ -621,7 +621,7 @@ def test_export(name):
     shapes = {0: torch.export.Dim('batch', max=64)}
     x, y = images(), images(batch=5)
     if name in MAPS:
-        # before torch 2.15, sizes that are no multiples of 32 fail for timm's plain ResNet too
+        # before torch 2.15, timm's plain ResNet also fails for sizes that are not multiples of 32
         step = 1 if TORCH >= (2, 15) else 32
         shapes[2] = step * torch.export.Dim('height', min=64 // step, max=512 // step)
         shapes[3] = step * torch.export.Dim('width', min=64 // step, max=512 // step)
@@ -649,7 +649,7 @@ def test_sync_batch_norm_keeps_every_norm(name):
 
 @every
 def test_nothing_is_kept_between_calls(name):
-    """No tensor stays on a module, and a second call on other images is not changed by the first."""
+    """No module keeps a tensor, and a call does not change the outputs of the next."""
     model = create(name).eval()
     before = {n: set(vars(m)) for n, m in model.named_modules()}
     x, y = images(), images()

@@ -1,4 +1,4 @@
-"""Logits and gradients of the authors' own models, on the weights and input of tests/reference/README.md."""
+"""Tests of logits and gradients against the authors' models, with the data that tests/reference/README.md describes."""
 
 import functools
 import json
@@ -62,7 +62,7 @@ def reference(name):
 
 
 def convert(entry, state_dict, model):
-    """Part of an authors' state dict by our names; of a query or a key alone, the name is not yet that of both."""
+    """Rename part of an authors' state dict to our names; a separate query or key keeps a name of its own."""
     state_dict = convert_state_dict(state_dict)
     if entry == 'resnet50_mrlab':
         return {re.sub(r'^stages\.(\d)', lambda m: f'layer{int(m[1]) + 1}', k): v for k, v in state_dict.items()}
@@ -90,10 +90,10 @@ def test_logits_and_gradients(name, recompute):
     (out * torch.from_numpy(rng.standard_normal(out.shape))).sum().backward()
     assert x.grad.norm().item() == pytest.approx(spec['input_grad_norm'], rel=1e-7)
 
-    # the names of the parameters go through the same conversion as the weights did
+    # convert the names of the parameters in the same way as the weights
     ours = {}
     for key, p in model.named_parameters():
-        if key.endswith('.attn.qk.weight'):  # the authors' two
+        if key.endswith('.attn.qk.weight'):  # two parameters in the authors' model
             parts = {key.replace('.qk.', '.q.'): p.grad[0], key.replace('.qk.', '.k.'): p.grad[1]}
         else:
             parts = {key: p.grad}
@@ -134,7 +134,7 @@ def test_checkpoints_of_the_authors_load_as_they_were_saved(name, wrapper, sourc
 
 @pytest.mark.parametrize('name', ['resnet50_mrlal', 'deit_mrlab_tiny_patch16_224'])
 def test_queries_come_before_keys(name):
-    """light's gate is the same with both exchanged, and so would logits be."""
+    """Swapped, they would give MRLA-light the same gate and logits, so the names are tested."""
     _, state_dict, _ = reference(name)
     model = timm.create_model(MODELS[name], pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict})
     queries = [key for key in state_dict if '.Wq.' in key]
@@ -148,7 +148,7 @@ def test_queries_come_before_keys(name):
 @pytest.mark.parametrize('source', ['folder', 'state_dict', 'file'])
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrlab', 'ceit_tiny_mrla'])
 def test_weights_of_the_previous_version_load(name, source, tmp_path):
-    """Queries and keys had a convolution over one dimension each."""
+    """Query and key had separate 1-d convolutions."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
     old = {}
@@ -172,7 +172,7 @@ def test_weights_of_the_previous_version_load(name, source, tmp_path):
     loaded = loaded.state_dict()
     assert loaded.keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
-        if not key.startswith(('head.', 'fc.')) or source == 'folder':  # timm makes a new one for other classes
+        if not key.startswith(('head.', 'fc.')) or source == 'folder':  # timm creates a new head for new classes
             assert torch.equal(loaded[key], tensor), key
 
 

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: their Python runs, their command lines are accepted, their links lead somewhere.
+"""Tests of README.md and docs/*.md: their Python runs, parsers accept their commands, their links exist.
 
 The recipes of `readme.RECIPES` run in test_downstream.py, and training commands in test_scripts.py and
 test_vision_scripts.py.
@@ -63,7 +63,7 @@ def write_what_is_loaded(page, folder, hub):
 
 @pytest.fixture
 def command_on_path(tmp_path, monkeypatch):
-    """`timm-mrla` in a shell is that of this checkout."""
+    """`timm-mrla` in a shell runs this checkout."""
     folder = tmp_path / 'bin'
     folder.mkdir()
     (folder / 'timm-mrla').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m timm_mrla "$@"\n')
@@ -74,14 +74,14 @@ def command_on_path(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kernels_on():
-    """The fused kernels, which a page turns off, are on again after the test."""
+    """Turn the fused kernels on again after the test, because a page turns them off."""
     yield
     set_fused(True)
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if page not in RECIPES and code(PAGES[page])])
 def test_code_runs(page, tmp_path, monkeypatch, hub, command_on_path, kernels_on):
-    """Python blocks run from top to bottom in one namespace. A block marked `text` is what the block before prints."""
+    """Python blocks run from top to bottom in one namespace. A `text` block is the output of the block before it."""
     monkeypatch.chdir(tmp_path)
     write_what_is_loaded(PAGES[page], tmp_path, hub)
     names, found = {'__name__': 'page'}, blocks(PAGES[page])
@@ -101,7 +101,7 @@ def test_code_runs(page, tmp_path, monkeypatch, hub, command_on_path, kernels_on
 
 @pytest.mark.parametrize(('page', 'heading'), [(page, heading) for page in RECIPES for heading in sections(page)])
 def test_recipes_compile(page, heading):
-    """Each heading has one recipe, and a test in test_downstream.py."""
+    """Each heading has one recipe and a test in test_downstream.py."""
     ast.parse(recipe_source(heading))
     assert f"'{heading}'" in (ROOT / 'tests' / 'test_downstream.py').read_text()
 
@@ -138,7 +138,7 @@ def test_commands_are_accepted(page, command, monkeypatch):
 
 
 def test_code_of_the_benchmarks(tmp_path, monkeypatch):
-    """It prints the gates of a checkpoint."""
+    """Its Python block prints the gates of a checkpoint."""
     monkeypatch.chdir(tmp_path)
     (source,) = code(LINKED['benchmarks/README.md'])
     path = re.search(r"'(.*\.pth\.tar)'", source)[1]
@@ -195,7 +195,7 @@ def test_index():
 
 
 def test_the_readme_is_short():
-    """A newcomer reads it in some minutes."""
+    """It is short enough to read in a few minutes."""
     assert len(README.splitlines()) <= 200
     assert len(README.encode()) <= 12_000
 
@@ -213,7 +213,7 @@ def test_what_bfloat16_loses(name):
     x = torch.randn(4, 3, 224, 224)
     model = timm.create_model(name)
     with torch.no_grad():
-        for _ in range(2):  # norms that have seen something
+        for _ in range(2):  # for non-trivial running statistics
             model.train()(x)
         expected = model.eval()(x)
         error = (copy.deepcopy(model).bfloat16().float()(x) - expected).norm() / expected.norm()

@@ -1,4 +1,4 @@
-"""What is recomputed in backward is what would have been saved: outputs, gradients and running statistics."""
+"""Tests of mrla_recompute: outputs, gradients and running statistics do not change, and memory shrinks."""
 
 import copy
 from functools import partial
@@ -144,7 +144,7 @@ def test_models_train_the_same(name):
         recomputed, updated = step(name, checkpointing, mrla_recompute=True)
         torch.testing.assert_close(recomputed, gradients, rtol=1e-10, atol=1e-10)
         if checkpointing and name in TIMM_CHECKPOINTS:
-            continue  # and so updates running statistics twice, as below
+            continue  # updates running statistics twice, as tested below
         torch.testing.assert_close(updated, buffers, rtol=1e-12, atol=1e-12)
 
 
@@ -163,7 +163,7 @@ def test_checkpointing_updates_statistics_as_often_as_those_of_the_block(name):
     ('name', 'plain'), [('resnet18_mrla', {}), ('resnet18_mrlab', {'stem_type': 'deep', 'stem_width': 32})]
 )
 def test_what_is_saved(name, plain):
-    """One map a block, its output; light's o where no other layer saves it; base's k and v but the last."""
+    """Each block's output; for light also o if no other layer saves it; for base k and v, except the last."""
     x = torch.randn(2, 3, 64, 64)
     model = timm.create_model(name, mrla_recompute=True)
     light, maps = name.endswith('mrla'), []
@@ -183,7 +183,7 @@ def test_what_is_saved(name, plain):
 @pytest.mark.parametrize('impl', CheckpointImpl)
 @pytest.mark.parametrize('name', [slow('resnet18_mrla'), 'resnet18_mrlab', slow('pvt_v2_b0_mrlab')])
 def test_torchs_own_checkpointing_of_blocks_gives_the_same_gradients(name, impl):
-    """Also the reentrant one, to which tensors that are nested in a list are invisible."""
+    """Also reentrant checkpointing, which does not see tensors nested in a list."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, dtype=torch.float64)
     wrapped = copy.deepcopy(model)

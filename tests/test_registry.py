@@ -1,4 +1,4 @@
-"""What `import timm_mrla` does to timm's registry, and to nothing else."""
+"""Tests of the registry: `import timm_mrla` adds entries to timm and changes nothing else."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ BASE = {
     **{f'deit_{size}_mrlab': f'deit_{size}_patch16_224' for size in ('tiny', 'small', 'base')},
     **{f'pvt_v2_b{i}_mrlab': f'pvt_v2_b{i}' for i in range(2)},
 }
-# no block of theirs has a shortcut that keeps the shape, so they are not registered
+# not registered, because none of their blocks has a shortcut that keeps the shape
 NONE = {
     *(f'lcnet_{width}' for width in ('035', '050', '075', '100', '150')),
     *(f'mobilenetv1_{width}' for width in ('100', '100h', '125')),
@@ -52,7 +52,7 @@ def stock_entries(module):
 
 
 def entries(module):
-    """Our entries of a module, and timm's that they are built from."""
+    """Our entries of a module, with the timm entries that they extend."""
     light = {PAPER.get(name, f'{name}_mrla'): name for name in stock_entries(module) if name not in NONE}
     return {**light, **{entry: name for entry, name in BASE.items() if name in light.values()}}
 
@@ -72,7 +72,7 @@ def test_entries():
 
 
 def check_entry(entry, stock):
-    """It builds, with the stock entry's parameters and configuration, and those that the equations count."""
+    """It builds, with the parameters and configuration of the stock entry plus the parameters of the equations."""
     deep = {'stem_type': 'deep', 'stem_width': 32} if entry in BASE and 'resnet' in entry else {}
     model, plain = timm.create_model(entry, device='meta'), timm.create_model(stock, device='meta', **deep)
     shapes = {k: v.shape for k, v in model.state_dict().items()}
@@ -173,7 +173,7 @@ print(timm.is_model('resnet101_mrla'))
 
 
 def test_importing_adds_names_and_overwrites_none():
-    """A second time too; it touches neither the network nor CUDA."""
+    """Also at a second import. The import uses neither the network nor CUDA."""
     code = """
 import importlib, socket, subprocess, sys, timm, torch
 before = {n: timm.models.model_entrypoint(n) for n in timm.list_models()}

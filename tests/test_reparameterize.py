@@ -1,4 +1,4 @@
-"""What is folded for inference computes what it computed before."""
+"""Tests of reparameterized models: folding for inference does not change the outputs."""
 
 import pytest
 import timm
@@ -26,7 +26,7 @@ every_layer = pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
 
 
 def randomize(module):
-    """Batch norms that have seen something."""
+    """Batch norms with random weights and statistics."""
     for m in module.modules():
         if isinstance(m, nn.BatchNorm2d):
             for tensor in (m.weight, m.bias, m.running_mean, m.running_var):
@@ -57,7 +57,7 @@ def test_equal_outputs(name, dtype, tolerance):
 
 
 def stage(blocks, inputs):
-    """Outputs of all blocks, each on an x and an o of its own, base with the memory of those before it."""
+    """Outputs of all blocks, each with its own x and o; base with the memory of earlier blocks."""
     memory, out = (), []
     for block, x, o in zip(blocks, inputs[::2], inputs[1::2], strict=True):
         if isinstance(block, MrlaBase | InferenceBase):
@@ -79,7 +79,7 @@ def setting(
     seed=0,
     **kwargs,
 ):
-    """Three blocks, the same folded, and their inputs."""
+    """Three blocks, the same blocks folded, and their inputs."""
     torch.manual_seed(seed)
     blocks = nn.ModuleList(layer(DIM, 8, norm_layer, 'post', layout, **kwargs) for _ in range(3))
     blocks = randomize(blocks).to(dtype).to(memory_format=memory_format).eval()
@@ -151,7 +151,7 @@ def test_gradients_of_layers(layer, case, backend):
 
 @every_layer
 def test_parameters_of_folded_layers_have_gradients(layer):
-    """Finite differences in a random direction: as one who trains a folded model on would need."""
+    """Compare with finite differences in a random direction, for users who train a folded model."""
     _, folded, inputs = setting(layer)
 
     def loss():
@@ -161,7 +161,7 @@ def test_parameters_of_folded_layers_have_gradients(layer):
     parameters = dict(folded.named_parameters())
     for name, p in parameters.items():
         if layer is MrlaBase and name == '0.attn.qk.weight':
-            # of the first block only the key is read, in blocks after it: its query has nothing to choose from
+            # zero for the first block's query, which has one key to choose from; later blocks read its key
             assert p.grad[0].abs().max() < 1e-10 < p.grad[1].abs().max()
         step = 1e-6 * torch.randn_like(p)
         with torch.no_grad():
@@ -177,7 +177,7 @@ def test_parameters_of_folded_layers_have_gradients(layer):
 @every_case
 @every_layer
 def test_nothing_given_is_written_to(layer, case, mode):
-    """Neither x and o, nor what is in the memory, nor what hooks hold of the layer's own modules."""
+    """This covers x, o, the memory, and the outputs of submodules that hooks hold."""
     _, folded, inputs = setting(layer, **case)
     held = [(x, x.clone()) for x in inputs]
     for module in folded.modules():
@@ -201,7 +201,7 @@ def test_nothing_given_is_written_to(layer, case, mode):
 @pytest.mark.parametrize('mode', [torch.enable_grad, torch.no_grad])
 @every_layer
 def test_autocast_keeps_the_precision_of_maps(layer, mode, dtype):
-    """x and the value may be of two types, and then no sum goes in place."""
+    """x and the value may have different dtypes, and then no sum is in place."""
     blocks, folded, inputs = setting(layer, dtype=torch.float32)
     inputs = [x.to(dtype) for x in inputs]
     with mode(), torch.autocast('cpu', torch.bfloat16):
@@ -270,7 +270,7 @@ def test_a_norm_of_the_value_is_folded_before_a_norm_after():
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @every_layer
 def test_bfloat16_loses_no_more(layer, memory_format):
-    """Folded in bfloat16, it is as close to float64 as it is unfolded."""
+    """Folded in bfloat16, a model is as close to float64 as unfolded."""
 
     def outcome(blocks, inputs):
         xs = [x.clone().requires_grad_() for x in inputs]
@@ -288,21 +288,21 @@ def test_bfloat16_loses_no_more(layer, memory_format):
             assert (ours - expected).norm() < 2 * (plain - expected).norm()
         ours, plain, expected = (gradients for _, gradients in results)
         lost.append([(ours - expected).norm().square(), (plain - expected).norm().square()])
-    # where rounding moves a number across a ReLU's zero, a gradient is off by the whole of it: seldom, in either
+    # in sum, because rounding across a ReLU's zero makes single gradients wrong, folded or not
     ours, plain = torch.tensor(lost).sum(0).sqrt()
     assert ours < 2 * plain
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_outputs_of_convolutions_stay_as_hooks_saw_them(name):
-    """Nothing later in the forward pass writes over them."""
+    """The rest of the forward pass does not overwrite them."""
     model, x, held = reparameterize_model(create(name, torch.float32)), torch.randn(2, 3, 64, 64), {}
 
     def hold(name):
         return lambda module, args, out: held.update({name: (out, out.clone())})
 
     for module_name, module in model.named_modules():
-        # timm's squeeze-and-excitation itself writes over its first
+        # timm's squeeze-and-excitation overwrites the output of its first convolution
         if isinstance(module, nn.Conv2d) and not module_name.endswith('.se.conv_reduce'):
             module.register_forward_hook(hold(module_name))
     with torch.inference_mode():

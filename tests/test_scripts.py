@@ -1,4 +1,4 @@
-"""timm's own scripts through the launcher, on a folder of images made here.
+"""Tests of timm's own scripts through the launcher, on generated images.
 
 TIMM_SCRIPTS names a folder that holds timm's train.py, validate.py, inference.py, benchmark.py and onnx_export.py.
 """
@@ -82,7 +82,7 @@ def test_train_resume_validate_infer_and_export(model, images, tmp_path):
     (table,) = (tmp_path / 'results').glob('*.csv')
     assert len(table.read_text().splitlines()) == 1 + 8
 
-    weights = tmp_path / 'weights.pth'  # at the model's own size, which is all that the script can build
+    weights = tmp_path / 'weights.pth'  # at the model's default size, because the script cannot set another
     torch.save(timm.create_model(model, num_classes=2).state_dict(), weights)
     export = ['--model', model, '--num-classes', 2, '--checkpoint', weights, '--dynamo']
     script('onnx_export.py', tmp_path / 'model.onnx', *export, cwd=tmp_path)
@@ -119,7 +119,7 @@ def test_the_plugin_flag_of_train(images, tmp_path):
     [(0, 'resnet50_mrla', 256, 0.1), (1, 'deit_small_mrla', 1024, 1e-3), (2, 'efficientnet_b0_mrla', 768, 0.048)],
 )
 def test_the_papers_training(number, model, batch, lr, images, tmp_path):
-    """The command lines of docs/training.md, for one epoch of a few small images, with their batch in all."""
+    """The command lines of docs/training.md, for one epoch of a few small images, with the same total batch size."""
     command = shlex.split(
         code(sections('docs/training.md')["The paper's settings"], 'bash')[number].replace('\\\n', '')
     )
@@ -127,7 +127,7 @@ def test_the_papers_training(number, model, batch, lr, images, tmp_path):
     assert int(processes.split('=')[1]) * int(options[options.index('-b') + 1]) == batch
     small = ['--data-dir', images, '-b', 4, '--grad-accum-steps', batch // 4, '--epochs', 1, '--num-classes', 2]
     small += [*size(model), '-j', 1, '--device', 'cpu', '--output', tmp_path, '--experiment', 'run']
-    small += ['--aug-repeats', 0]  # they need several processes, for which train.py needs as many GPUs
+    small += ['--aug-repeats', 0]  # repeats need several processes, and train.py needs a GPU for each
     out = script('train.py', *options, *small, cwd=tmp_path)
     (logged,) = re.findall(r'Learning rate \((.*?)\)', out)
     assert float(logged) == pytest.approx(lr)

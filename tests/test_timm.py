@@ -1,8 +1,7 @@
-"""timm's own test_models.py, unmodified, on our models.
+"""Runs timm's own test_models.py, unmodified, on our models.
 
-timm's source distribution on PyPI holds its tests; they are kept in the user's cache. The test names in timm's list of
-tests depend on the names of models and modules, so that a wrong name would drop tests unseen: what is run on our entry
-must be what is run on its plain backbone.
+timm's source distribution on PyPI contains its tests; the user's cache keeps them. timm selects tests by the names of
+models and modules, so a wrong name could silently drop tests: our entry and its plain backbone must run the same tests.
 """
 
 import json
@@ -44,18 +43,17 @@ LEFT_OUT = {
     'test_model_load_pretrained',
     'test_model_features_pretrained',
     'test_model_inference',
-    # of fixed names, which test_on_fixed_names gives ours
+    # uses fixed model names; test_on_fixed_names runs it with ours
     'test_model_features_output_stride',
 }
-# timm does not know CeiT's name among those that have tokens, so that the configuration test asks it for maps; nor its
-# module among those that have forward_intermediates. test_on_fixed_names runs what timm would run on it if it did.
-# Inputs of a fixed size above 224 it skips in a test of FX.
+# CeiT is not in timm's list of models with tokens, so the configuration test expects maps, nor in its list of modules
+# with forward_intermediates; test_on_fixed_names runs those tests on it. One test of FX skips fixed sizes above 224.
 LEFT_OUT_OF = {'ceit': {'test_model_default_cfgs'}, 'swinv2': {'test_model_backward_fx'}}
 
 
 @pytest.fixture(scope='session')
 def timms_tests():
-    """The folder of timm's tests, without the copy of timm that lies beside it in the source distribution."""
+    """The folder of timm's tests, without the copy of timm in the source distribution."""
     cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'timm-mrla' / f'timm-{timm.__version__}'
     if not cache.exists():
         tmp = cache.with_name(f'{cache.name}.{os.getpid()}')
@@ -94,13 +92,13 @@ sys.exit(pytest.main(sys.argv[2:], plugins=[Names()]))
 
 
 def split(name):
-    """The function of a test and the model that it is run on, with the tag of its weights, or none."""
+    """Split the name of a test into its function and its model with tag, empty if it has none."""
     function, _, ids = name.rstrip(']').partition('[')
-    return function, ids.partition('-')[2]  # without a batch size before it, a name that the test fixes
+    return function, ids.partition('-')[2]  # the batch size precedes the model; without it, the test has a fixed model
 
 
 def problems(folder, names, tmp_path):
-    """What fails, and what is run on the plain backbones and not on our entries."""
+    """Failed tests, and tests that run on a plain backbone but not on our entry."""
     env = dict(os.environ, HF_HUB_OFFLINE='1', TIMEOUT='3600')
     keyword = ' or '.join(f'-{name}] or -{name}.' for name in names)  # and with the tags of its weights
     deselect = [arg for test in LEFT_OUT for arg in ('--deselect', f'tests/test_models.py::{test}')]

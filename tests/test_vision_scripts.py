@@ -1,4 +1,4 @@
-"""torchvision's own training script through the launcher, on a data set made here.
+"""Tests of torchvision's own training script through the launcher, on a generated data set.
 
 VISION_SCRIPTS names torchvision's folder references/detection.
 """
@@ -48,7 +48,7 @@ def train(digits, cwd, *args, small=True):
 
 
 def precision(output):
-    """The lines of pycocotools, those of the last evaluation."""
+    """The lines that pycocotools printed in the last evaluation."""
     kinds = len(set(re.findall('IoU metric: (.*)', output)))
     return re.findall(r'Average Precision.*', output)[-6 * kinds :]
 

@@ -1,4 +1,4 @@
-"""Warm starts from timm's plain backbones, whose weights are random here and come from tests/hub.py."""
+"""Tests of warm starts from timm's plain backbones, with random weights from the server of tests/hub.py."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ LOGGER = 'timm_mrla.models._weights'
 
 
 def randomize(model):
-    """Away from what models start with: batch norms without statistics, biases and last norms at zero."""
+    """Move a model away from its initial values: trivial batch norm statistics, zero biases and norms."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -44,7 +44,7 @@ def randomize(model):
 
 
 def add_backbone(hub, name, state_dict=None):
-    """Put random weights of an entry's plain backbone where timm has its own; returns the backbone."""
+    """Upload random weights of an entry's plain backbone to timm's repository; returns the backbone."""
     repo = get_pretrained_cfg(f'{name}.warmstart_{WARM[name]}').hf_hub_id
     plain = randomize(timm.create_model(backbone(name)[0])).eval()
     assert repo == f'timm/{backbone(name)[0]}.{WARM[name]}'
@@ -58,7 +58,7 @@ def warm(name, **kwargs):
 
 @every
 def test_it_computes_what_the_backbone_computes(name, hub):
-    """To the last bit, in eval mode and, batch norm or not, in train mode; the gates have gradients."""
+    """Bit-identical in eval and train mode, also with batch norms; the gates get gradients."""
     plain, model = add_backbone(hub, name), warm(name)
     size = 224 if name.startswith('deit') else 64
     x = torch.randn(2, 3, size, size)
@@ -70,7 +70,7 @@ def test_it_computes_what_the_backbone_computes(name, hub):
 
     (actual if isinstance(actual, torch.Tensor) else torch.cat(actual)).square().sum().backward()
     layers = [*layer_attentions(model).values()]
-    # the head of a DeiT reads no patch of the last block, so that nothing tells its lam what to do, trained or not
+    # a DeiT's head reads no patch tokens, so the lam of the last block never gets a gradient
     dead = layers[-1].lam if name.startswith('deit') and hasattr(layers[-1], 'lam') else None
     assert all(gate.grad.any() for layer in layers for gate in layer.gates() if gate is not dead)
 
@@ -91,7 +91,7 @@ def test_it_can_be_adapted(name, hub):
 
 @every
 def test_layer_decay_takes_it_for_as_new_as_the_head(name, hub, tmp_path):
-    """Until it is saved and loaded as a trained model: then it has the rate of its block, as from the start."""
+    """Saved and loaded as a trained model, it gets the rate of its block, as if trained from scratch."""
     plain, model = add_backbone(hub, name), warm(name)
     for ours in (model, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
         expected, groups = (group_parameters(m, m.group_matcher(), reverse=True) for m in (plain, ours))
@@ -133,7 +133,7 @@ def test_what_is_no_backbone_is_refused_by_name(num_classes, hub):
 
 
 def test_the_plain_entry_takes_no_backbone(hub, tmp_path):
-    """Nor does a repository that claims to hold a trained model, even under a warm start's tag."""
+    """A repository that contains only a plain backbone is refused, too, even with the tag of a warm start."""
     plain = add_backbone(hub, 'resnet18_mrla')
     with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet18_mrla'):
         timm.create_model('resnet18_mrla', pretrained=True)
@@ -158,7 +158,7 @@ def test_it_says_once_what_it_is(hub, caplog):
 
 
 def test_a_trained_checkpoint_under_the_name_of_a_warm_start(tmp_path, caplog):
-    """As train.py is given it by a user who goes on training."""
+    """A user who continues training passes it to train.py like this."""
     trained = timm.create_model('resnet18_mrla')
     torch.save({'state_dict': trained.state_dict()}, tmp_path / 'last.pth.tar')
     overlay = {'file': str(tmp_path / 'last.pth.tar')}
@@ -195,7 +195,7 @@ def test_what_is_saved_after_training_is_no_warm_start(hub, tmp_path):
 
 
 def test_every_configuration():
-    """Each tag of each stock entry is a warm start, none is a default; all else is its backbone's."""
+    """Each tag of a stock entry has a warm start, never as the default; the rest of the configuration is equal."""
     names = timm.list_pretrained('*_mrla*')
     light = {entry: plain for entry, plain in BACKBONES.items() if entry.endswith('_mrla')}
     expected = {
@@ -234,7 +234,7 @@ def test_at_another_size(hub):
 
 
 def test_weights_of_which_timm_knows_that_a_part_is_missing(hub):
-    """FCMAE's have no head; layer attention must be there all the same."""
+    """FCMAE weights have no head; the warm start must load all the same."""
     state_dict = {
         k: v for k, v in timm.create_model('convnextv2_atto').state_dict().items() if not k.startswith('head.')
     }
@@ -252,7 +252,7 @@ def test_weights_of_which_timm_knows_that_a_part_is_missing(hub):
 
 
 def test_what_timm_builds_differently_for_its_weights():
-    """FBNet's batch norms have another eps with them."""
+    """With pretrained weights, timm builds FBNet's batch norms with another eps."""
     overlay = {'state_dict': randomize(timm.create_model('fbnetc_100')).state_dict()}
     models = [
         timm.create_model(n, pretrained=True, pretrained_cfg_overlay=overlay).eval()

@@ -1,4 +1,4 @@
-"""Tells why the fused kernels of layer attention do or do not run in a model."""
+"""Reports for each layer of a model why the fused GPU kernels do not run."""
 
 import torch
 from torch import nn
@@ -12,16 +12,16 @@ __all__ = ['why_not_fused']
 
 
 def why_not_fused(model: nn.Module, images: torch.Tensor) -> dict[str, str]:
-    """Tell for each layer attention of a model why it does not run in the fused kernels, which are for GPUs.
+    """Report for each layer attention of a model why it does not run in the fused GPU kernels.
 
-    The images pass through the model once, in evaluation mode. Call this under the autocast of your training, if any.
+    The images pass through the model once, in evaluation mode. If you train under autocast, call this under autocast.
 
     Args:
         model: A model with layer attention.
         images: Images [B, C, H, W] or one image [C, H, W], on the device and in the memory format of your training.
 
     Returns:
-        The reason by name of the layer attention, one sentence, empty where the kernels run.
+        A dict from layer name to reason: one sentence, or an empty string if the kernels run.
     """
     folded = {n: m for n, m in model.named_modules() if isinstance(m, InferenceLight | InferenceBase)}
     layers, found = {**layer_attentions(model), **folded}, {}

@@ -1,3 +1,5 @@
+"""The layers MRLA-light and MRLA-base, and the functions that models need to call them."""
+
 from timm_mrla.layers.layer_attention import MrlaBase, MrlaLight, layer_attentions
 from timm_mrla.layers.layout import Grid, from_map, to_map
 from timm_mrla.layers.recompute import recompute

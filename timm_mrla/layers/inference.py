@@ -1,6 +1,6 @@
-"""Layer attention of the form `post` for inference: the batch norm folded, sums in place if no gradient is asked for.
+"""Layer attention of the form `post` for inference: the batch norm is folded; without gradients, sums are in place.
 
-Written in place are only maps that these modules make and nobody else holds.
+The modules overwrite only tensors that they have made themselves and that nothing else refers to.
 """
 
 import torch
@@ -12,27 +12,27 @@ from timm_mrla.layers.weights import Memory
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether a norm is, in evaluation mode, a scale and a bias for each channel."""
+    """Whether a norm in evaluation mode only multiplies each channel by a scale and adds a bias."""
     is_linear = isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity)
     return is_linear and norm.running_var is not None
 
 
 def _fold(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and bias [C] of a batch norm in evaluation mode."""
+    """The scale and the bias [C] that a batch norm in evaluation mode applies."""
     scale = (norm.running_var + norm.eps).rsqrt()
     bias = -norm.running_mean * scale
     return (scale, bias) if norm.weight is None else (scale * norm.weight, bias * norm.weight + norm.bias)
 
 
 def _cast(*parameters: nn.Parameter, like: torch.Tensor) -> list[torch.Tensor]:
-    """Parameters [C] as they meet a map."""
+    """Parameters [C] in the dtype of a map, as [C, 1, 1]."""
     return [p.to(like.dtype)[:, None, None] for p in parameters]
 
 
 class InferenceLight(nn.Module):
     """MRLA-light of the form `post`: `x = mrla(x, o)`."""
 
-    fused = None  # as that of MrlaLight
+    fused = None  # set by timm_mrla.ops, as for MrlaLight
 
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,8 @@ class InferenceLight(nn.Module):
         x, prefix = to_map(x, self.layout, feat_size)
         o, _ = to_map(o, self.layout, feat_size)
         g = self.attn.per_channel(self.attn(x, self.dim), self.dim)
-        v = F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)  # of which no hook has seen the output
+        # safe to overwrite below: only this function holds v, because no module with hooks returned it
+        v = F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)
         lam, bias = _cast(self.lam, self.bias, like=v)
         if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
             x = x + (g.to(v.dtype) * v + lam * o + bias)
@@ -61,7 +62,7 @@ class InferenceLight(nn.Module):
 class InferenceBase(nn.Module):
     """MRLA-base of the form `post`: `x, memory = mrla(x, memory)`."""
 
-    fused = None  # as that of MrlaBase
+    fused = None  # set by timm_mrla.ops, as for MrlaBase
 
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()

@@ -2,26 +2,26 @@
 
 Paper: `Cross-Layer Retrospective Retrieving via Layer Attention` - https://arxiv.org/abs/2302.03985
 
-A block t of a stage returns x, in which lies a map [B, C, H, W]. From it come, with h heads of d = C / h channels,
+Block t of a stage returns x, which contains a map [B, C, H, W]. With h heads of d = C / h channels, the layer computes
 
-* the query q and the key k [B, h, d]: the channel means of the map through a 1-d convolution over the channels each,
-* the value v [B, C, H, W]: the map through a 3x3 depthwise convolution,
+* query q and key k [B, h, d]: the channel means of the map, each through its own 1-d convolution along the channels,
+* value v [B, C, H, W]: a 3x3 depthwise convolution of the map,
 
-and from these what the block retrieves:
+and retrieves m [B, C, H, W] from the blocks of the stage:
 
 * MRLA-base attends to all blocks s <= t of the stage: `m = sum_s a_s * v_s`, `a = softmax_s(<q_t, k_s> / sqrt(d))`,
-* MRLA-light recurs on the block's shortcut o, which holds what the blocks before it retrieved:
+* MRLA-light reads the block's shortcut o, which contains the m of the blocks before:
   `m = g * v + lam * o`, `g = sigmoid(<q, k> / sqrt(d))`.
 
-The form says where the norms are. In both, the result is added to x:
+The form sets the place of the norms. Both forms add the result to x:
 
-* `post`, that of the paper's ResNet, for blocks with batch norms: `x + drop_path(norm(m))`, where MRLA-base has a ReLU
-  after the norm;
-* `pre`, that of the paper's DeiT, for blocks with layer norms: x and o are normed before they are read, and
-  `x + drop_path(m)`, where MRLA-light has a GELU on v.
+* `post`, as in the paper's ResNet, for blocks with batch norms: `x + drop_path(norm(m))`. MRLA-base applies a ReLU
+  after the norm.
+* `pre`, as in the paper's DeiT, for blocks with layer norms: x and o are normed first, then `x + drop_path(m)`.
+  MRLA-light applies a GELU to v.
 
-The layout says how x and o hold their maps: NCHW, NHWC, or NLC, tokens [B, P + H * W, C]. Prefix tokens have no place
-on the map: in the form `pre` one gets its normed self added, as in the paper's DeiT, in the form `post` nothing.
+The layout of x and o is NCHW, NHWC or NLC: tokens [B, P + H * W, C]. Prefix tokens are not part of the map. In the form
+`pre`, the layer adds norm(prefix) to the prefix, as in the paper's DeiT. In the form `post`, the prefix stays the same.
 """
 
 from collections.abc import Callable
@@ -42,10 +42,10 @@ Norm = Callable[..., nn.Module]
 
 
 class _LayerAttention(nn.Module):
-    """What MRLA adds to a block. A subclass says how weights and values make m."""
+    """Base class of the layer that MRLA adds to a block. A subclass computes m from weights and values."""
 
-    recompute = False  # what backward needs of the branch, rather than save it
-    # `fused(self, *args of forward)`: its result by fused kernels, or None where they may not run; set by timm_mrla.ops
+    recompute = False  # True: backward computes the branch again instead of saving its tensors
+    # set by timm_mrla.ops: `fused(self, *args of forward)` returns forward's result, or None if the kernels cannot run
     fused: Callable[..., torch.Tensor | tuple[torch.Tensor, Memory] | None] | None = None
 
     def __init__(
@@ -63,13 +63,13 @@ class _LayerAttention(nn.Module):
         Args:
             dim: Number of channels, C.
             dim_head: Channels per head, d; divides dim.
-            norm_layer: Norm, called with dim: in the form `post` of a map [B, C, H, W], in the form `pre` of x itself.
+            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
             form: 'post' or 'pre'.
             layout: 'NCHW', 'NHWC' or 'NLC'.
-            drop_path: Stochastic depth rate of what is added to the block.
+            drop_path: Stochastic depth rate of the layer's branch.
 
         Raises:
-            ValueError: dim_head does not divide dim, or there is no such form or layout.
+            ValueError: dim_head does not divide dim, or form or layout is unknown.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -84,15 +84,15 @@ class _LayerAttention(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def extra_repr(self) -> str:
-        """What `print` says of it."""
+        """The arguments that `print(model)` shows."""
         return f'form={self.form}, layout={self.layout}, heads={self.attn.num_heads}'
 
     def gates(self) -> list[nn.Parameter]:
-        """The parameters that, at zero, make it add exactly nothing while a gradient still reaches them."""
+        """The parameters that make the layer add exactly zero if they are zero, and that then still get gradients."""
         return [*self.norm.parameters(), *self.norm_x.parameters()]
 
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
-        """What is added to x, but for drop_path: a map, and to a normed prefix itself."""
+        """Convert m to the layout of x. Prefix tokens become the normed prefix in the form `pre`, zeros in `post`."""
         if prefix is not None and self.form == 'post':
             prefix = torch.zeros_like(prefix)
         return from_map(m, self.layout, prefix)
@@ -104,7 +104,7 @@ class MrlaLight(_LayerAttention):
     weights_layer = LightWeights
 
     def __init__(self, dim: int, dim_head: int, norm_layer: Norm, *args, norm_o=True, norm_v=None, **kwargs) -> None:
-        """As MRLA-base; norm_o says to norm o before it is read in the form `pre`, norm_v makes a norm of the value."""
+        """Like MRLA-base. norm_o: also norm o in the form `pre`. norm_v: norm layer of the value, called with dim."""
         super().__init__(dim, dim_head, norm_layer, *args, **kwargs)
         dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
         self.norm_o = norm_layer(dim, **dd) if self.form == 'pre' and norm_o else nn.Identity()
@@ -118,11 +118,11 @@ class MrlaLight(_LayerAttention):
         nn.init.normal_(self.lam)
 
     def gates(self) -> list[nn.Parameter]:
-        """As above; in the form `pre` with lam, through which o passes without a norm after it."""
+        """As in the base class, plus lam in the form `pre`, because no norm follows lam * o there."""
         return [*super().gates(), *([self.lam] if self.form == 'pre' else [])]
 
     def branch(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
-        """What is added to x, but for drop_path."""
+        """The residual branch before drop_path, of the shape of x."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
         o, _ = to_map(self.norm_o(o), self.layout, feat_size)
         v = self.act_v(self.norm_v(self.v(y)))
@@ -134,11 +134,11 @@ class MrlaLight(_LayerAttention):
         """
         Args:
             x: Output of the block, in the layout.
-            o: Input of the block as its shortcut delivers it, of the same shape.
-            feat_size: The grid (H, W) of tokens.
+            o: Output of the block's shortcut, of the same shape as x.
+            feat_size: Grid (H, W) of the tokens, for the layout NLC.
 
         Returns:
-            x with what was retrieved added to it.
+            x plus the residual branch.
         """
         args = (x, o, feat_size)
         if self.fused and (out := self.fused(self, *args)) is not None:
@@ -147,7 +147,7 @@ class MrlaLight(_LayerAttention):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """This layer for inference, its batch norms folded; timm's `reparameterize_model` calls this."""
+        """The layer for inference, with its batch norms folded; timm's `reparameterize_model` calls this."""
         if is_foldable(self.norm_v):
             self.v, self.norm_v = fuse_conv_bn_eval(self.v.eval(), self.norm_v.eval()), nn.Identity()
         return InferenceLight(self) if is_foldable(self.norm) else self
@@ -156,8 +156,8 @@ class MrlaLight(_LayerAttention):
 class MrlaBase(_LayerAttention):
     """MRLA-base, quadratic in the number of blocks: `x, memory = mrla(x, memory)`.
 
-    The memory is passed from block to block and stored nowhere: key [B, h, d] and value [B, C, H, W] of each block of
-    the stage so far, one after the other. It is empty at the start of a stage.
+    The memory is a tuple (key, value, key, value, ...) of the stage's blocks so far: keys [B, h, d], values
+    [B, C, H, W]. Each block returns it for the next; no module stores it. It is empty at the start of a stage.
     """
 
     weights_layer = BaseWeights
@@ -167,7 +167,7 @@ class MrlaBase(_LayerAttention):
         self.act = nn.ReLU(inplace=True) if self.form == 'post' else nn.Identity()
 
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What is added to x, but for drop_path, and the block's key and value."""
+        """The residual branch before drop_path, and the block's key and value."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
         scores, k = self.attn(y, self.v.out_channels, memory[::2])
         v = self.v(y)
@@ -182,10 +182,10 @@ class MrlaBase(_LayerAttention):
         Args:
             x: Output of the block, in the layout.
             memory: Keys and values of the stage's blocks so far.
-            feat_size: The grid (H, W) of tokens.
+            feat_size: Grid (H, W) of the tokens, for the layout NLC.
 
         Returns:
-            x with what was retrieved added to it, and the memory for the next block.
+            x plus the residual branch, and the memory for the next block.
         """
         if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
             return out
@@ -195,10 +195,10 @@ class MrlaBase(_LayerAttention):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """This layer for inference, its batch norm folded; timm's `reparameterize_model` calls this."""
+        """The layer for inference, with its batch norm folded; timm's `reparameterize_model` calls this."""
         return InferenceBase(self) if is_foldable(self.norm) else self
 
 
 def layer_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The layer attentions of a model by name."""
+    """The layer attention modules of a model, by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _LayerAttention)}

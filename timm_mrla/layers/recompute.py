@@ -1,4 +1,4 @@
-"""Trading time for memory: backward computes again what it needs of a module, rather than keep it from forward."""
+"""Saves memory in training: backward recomputes the tensors of a module, instead of keeping them from forward."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Leave running statistics as they are, which forward has updated: copies are updated in their place."""
+    """Let a module update copies of its buffers, because forward has updated the running statistics already."""
     buffers = [(m, name, buffer) for m in module.modules() for name, buffer in m.named_buffers(recurse=False)]
     for m, name, buffer in buffers:
         setattr(m, name, buffer.clone())
@@ -22,10 +22,10 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 def recompute(module: nn.Module, fn: Callable, *args, **kwargs):
-    """`fn(*args, **kwargs)`, a part of a module's forward pass, of which only the arguments are saved for backward.
+    """Call `fn(*args, **kwargs)`, a part of a module's forward pass, and save only its arguments for backward.
 
-    Unlike under `torch.utils.checkpoint` alone, batch norms update their running statistics once.
+    Batch norms update their running statistics once. With `torch.utils.checkpoint` alone, they would do so twice.
     """
-    # compiled, the graph updates buffers in forward alone, and no context can be traced
+    # torch.compile cannot trace a context, and needs none: its graph updates buffers in forward only
     contexts = {} if torch.compiler.is_compiling() else {'context_fn': lambda: (nullcontext(), _buffers_kept(module))}
     return checkpoint(fn, *args, use_reentrant=False, **contexts, **kwargs)

@@ -1,3 +1,5 @@
+"""Fused GPU kernels of layer attention. Importing this package makes the layers use them where they can run."""
+
 from timm_mrla.layers import MrlaBase, MrlaLight
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops.dispatch import fused

@@ -1,10 +1,10 @@
-"""MRLA-base: `x + s * relu(batch_norm(m))` in the form `post`, `x + s * m` in the form `pre`, kernels and launchers.
+"""Kernels of MRLA-base, forward: `x + s * relu(batch_norm(m))` in the form `post`, `x + s * m` in the form `pre`.
 
-m = sum_t a_t * v_t over the T blocks of the stage up to this one. The values v_t are kept, since later blocks read
-them; m is not. README.md in this folder derives the formulas. Shapes: x, d (the gradient of the output) [B, N, C] with
+m = sum_t a_t * v_t over the T blocks of the stage up to this one. The values v_t are saved, because later blocks read
+them; m is not. README.md in this folder derives the formulas. Shapes: x, d (gradient of the output) [B, N, C] with
 N = P + L, prefix tokens first, L = H * W; values v and m [B, L, C]; keys [B, C]; w, the weights of v, [9, C]; a
-[B, heads, T]; per-channel vectors [C]; s, the drop path of each image, [B]; table [2, STRIDE], the addresses of keys
-and values.
+[B, heads, T]; vectors of channels [C]; s, the drop path scale of each image, [B]; table [2, STRIDE], the addresses of
+values and keys.
 """
 
 import torch
@@ -22,12 +22,12 @@ from timm_mrla.ops.common import (
 )
 from timm_mrla.ops.light_pre import norms, whole
 
-# positions of a block, channels, warps
+# tile sizes: positions, channels, warps
 BLOCK = {'BP': 32, 'BC': 64, 'num_warps': 4}
 SUMS = {'BP': 64, 'BC': 64, 'num_warps': 8}
 STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
 
-# what is known of a channel: the norm of m is A * m + BIAS
+# rows of `channels` [5, C]: the norm is A * m + BIAS; VAR is the batch's unbiased variance
 A, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(5))
 
 
@@ -53,9 +53,9 @@ def _attend(
     HB: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Of one image, sums y [C] of rows [ROWS, C], the key k [C], and a [heads, T] = softmax over t of <q, k_t> * scale.
+    """Computes for each image y [C], the sum of rows [ROWS, C], k [C], and a [heads, T] = softmax_t(<q, k_t> * scale).
 
-    inverse is 1 / L, scores [heads, T] a buffer.
+    Reads no map, but all keys. inverse is 1 / L; scores [heads, T] is scratch.
     """
     b = tl.program_id(0).to(tl.int64)
     y_ptr += b * C
@@ -76,7 +76,7 @@ def _attend(
             score = tl.sum(q * load(address(table_ptr + STRIDE, t, k_ptr) + b * C, c, ok), 1)
             tl.store(scores_ptr + at + t, score, mask=head < heads)
             top = tl.maximum(top, score)
-        tl.debug_barrier()  # other threads of this program read what these wrote
+        tl.debug_barrier()  # below, threads read scores that other threads of this program wrote
         norm = tl.zeros((HB,), tl.float32)
         for t in range(T):
             norm += tl.exp(tl.load(scores_ptr + at + t, mask=head < heads, other=0.0) - top)
@@ -87,7 +87,7 @@ def _attend(
 
 @kernel
 def _retrieved(table_ptr, a_ptr, m_ptr, rows_ptr, L, C, ROWS, PER_ROW, T, heads, BP: tl.constexpr, BC: tl.constexpr):
-    """Reads all values once, writes m -> rows [B * ROWS, 2, C]: its means, sums of squared distances from them."""
+    """Computes m, and in rows [B * ROWS, 2, C] its means and squared distances to them. Reads T maps, writes one."""
     row = tl.program_id(0)
     blocks = tl.cdiv(L, BP)
     first = (row % ROWS) * PER_ROW
@@ -127,7 +127,7 @@ def _statistics(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Mean and variance of m, of the batch from rows [R, 2, C] of PER_ROW positions or running -> channels [5, C]."""
+    """Computes channels [5, C] from rows [R, 2, C] of PER_ROW positions or running statistics. Reads no map."""
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = ch < C
     if mean_ptr is None:
@@ -184,7 +184,7 @@ def _apply(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x, and m or all values, writes x + s * relu(scale * m + bias), or without scale x + s * m."""
+    """Computes x + s * relu(scale * m + bias), without scale x + s * m. Reads x and m or T values, writes one map."""
     b, at, mask, ch = block(tl.program_id(0), tl.cdiv(L, BP), L, C, BP, BC)
     if m_ptr is None:
         m = retrieve(table_ptr, a_ptr, v_ptr, b, at, mask, ch, L, C, T, heads)
@@ -207,7 +207,7 @@ def _attention(
     qk: torch.Tensor,
     heads: int,
 ) -> tuple[torch.Tensor, ...]:
-    """The key k, sums y [B, C] of rows [B, n, C], weights a, and the table of addresses."""
+    """The key k [B, C], y [B, C] (the sums of rows [B, n, C]), a [B, heads, T], and the table of addresses."""
     B, n, C = rows.shape
     T, L = len(values) + 1, v.shape[2] * v.shape[3]
     k, y = (rows.new_empty(B, C) for _ in range(2))
@@ -244,7 +244,7 @@ def forward(
     rms: bool,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[torch.Tensor, ...]:
-    """The output and v in their dtypes, k, and what backward needs: y, a, and stats or channels of the norm."""
+    """Return the output, k, v, and for backward y, a, channels (`post`) or stats (`pre`). dtypes: of output and v."""
     (B, N, C), L = x.shape, grid[0] * grid[1]
     out = torch.empty_like(x, dtype=dtypes[0])
     if not post:
@@ -283,7 +283,7 @@ def folded(
     bias: torch.Tensor,
     heads: int,
 ) -> tuple[torch.Tensor, ...]:
-    """The output of the form `post` with the norm as scale and bias, for inference, and the block's key and value."""
+    """Return the output of the form `post` for inference, its norm given as scale and bias, and the key and value."""
     out = torch.empty_like(x)
     v, rows = compute_value(x, grid, w, x.dtype)
     k, _, a, table = _attention(rows, v, keys, values, qk, heads)

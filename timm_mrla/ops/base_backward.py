@@ -1,4 +1,4 @@
-"""The backward pass of MRLA-base. base.py says what the shapes are."""
+"""Kernels of MRLA-base, backward. The docstring of base.py lists the shapes."""
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from timm_mrla.ops.light_pre_backward import gradient_y
 
 @triton.jit
 def _load_gradient(d_ptr, s_ptr, m, channels_ptr, b, at, mask, ch, P, L, C):
-    """The gradient [BP, BC] of the norm of m, or without channels of m itself."""
+    """The gradient [BP, BC] of the norm of m, or of m without channels. Reads d."""
     d = load(d_ptr + (b * (P + L) + P) * C, at, mask)
     if s_ptr is not None:
         d *= tl.load(s_ptr + b)
@@ -55,17 +55,17 @@ def _gradient_sums(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads d and all values once, and once more from the cache; with channels, a norm of m, writes m.
+    """Computes sums for the gradients of a and the norm. Reads d and T values; with channels, writes m.
 
-    sums [R, T, ENTRIES, C] of each block of positions: of z * v_t, z the gradient of the norm; with ENTRIES = 3 also of
-    v_t and of (m - mean) * v_t. back [R, 2, C]: of z and z * (m - mean).
+    R blocks of positions; z is the gradient of the norm. sums [R, T, ENTRIES, C] are of z * v_t and, if ENTRIES is 3,
+    v_t and (m - mean) * v_t; back [R, 2, C] of z and z * (m - mean). With channels, values are read again from cache.
     """
     row = tl.program_id(0)
     b, at, mask, ch = block(row, tl.cdiv(L, BP), L, C, BP, BC)
     m = tl.zeros(at.shape, tl.float32)
     if channels_ptr is not None:
         m = retrieve(table_ptr, a_ptr, v_ptr, b, at, mask, ch, L, C, T, heads)
-        m = m.to(m_ptr.dtype.element_ty)  # as forward stored it, or a ReLU would be on here and off there
+        m = m.to(m_ptr.dtype.element_ty)  # rounded as forward stored it: otherwise the ReLU's mask could differ
         tl.store(m_ptr + b * L * C + at, m, mask=mask)
         m = m.to(tl.float32)
     d = _load_gradient(d_ptr, s_ptr, m, channels_ptr, b, at, mask, ch, P, L, C)
@@ -87,10 +87,10 @@ def _gradient_sums(
 def _gradient_statistics(
     back_ptr, channels_ptr, linear_ptr, vectors_ptr, R, C, inverse, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Gradients of gamma and beta from back [R, 2, C]: vectors [C, 2].
+    """Computes vectors [C, 2], the gradients of gamma and beta, from back [R, 2, C]. Reads no map.
 
-    linear [2, C]: dm = A * z - linear0 * (m - mean) - linear1, z the gradient of the norm. inverse is 1 / (B * L), or 0
-    where running statistics are used.
+    linear [2, C]: dm = A * z - linear0 * (m - mean) - linear1, where z is the gradient of the norm. inverse is
+    1 / (B * L), or 0 with running statistics.
     """
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = ch < C
@@ -116,7 +116,7 @@ def _gradient_statistics(
 def _gradient_weights(
     sums_ptr, channels_ptr, linear_ptr, da_ptr, C, ROWS, T, ENTRIES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Sums over the rows of an image [ROWS, T, ENTRIES, C] -> da [B, T, C], the gradients of a by channels."""
+    """Computes da [B, T, C], the gradient of a by channel, from image sums [ROWS, T, ENTRIES, C]. Reads no map."""
     b, t = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
     ch = tl.program_id(1) * BC + tl.arange(0, BC)
     s = tl.zeros((BR, BC), tl.float32)
@@ -163,10 +163,10 @@ def _attend_backward(
     HB: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Of one image, the gradients of the keys before [T - 1, C], of the weights of query and key [2, K], and e [C].
+    """Computes for each image the gradients of earlier keys [T - 1, C], of qk [2, K], and e [C]. Reads no map.
 
-    e is of each position's x. da [T, C] are the gradients of a by channels, dk [C] that of the key from later blocks;
-    heads [heads, T] and buffer [2, C] are for what other threads read.
+    e is the gradient of x at each position through the channel means. da [T, C] is the gradient of a for each channel,
+    dk [C] the key's gradient from later blocks. heads [heads, T] and buffer [2, C] are scratch shared by threads.
     """
     b = tl.program_id(0).to(tl.int64)
     y_ptr += b * C
@@ -221,9 +221,9 @@ def _gradient_values(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads d, m and the gradient of v from later blocks, writes the gradients of all values.
+    """Computes the gradients of all values. Reads d, m, and later: v's gradient from later blocks. Writes T maps.
 
-    dvalues [T - 1, B, L, C] are those of the blocks before from this block, dv [B, N, C] is the whole gradient of v.
+    dvalues [T - 1, B, L, C] is this block's part of the gradients of earlier values, dv [B, N, C] v's whole gradient.
     """
     b, at, mask, ch = block(tl.program_id(0), tl.cdiv(L, BP), L, C, BP, BC)
     m = tl.zeros(at.shape, tl.float32)
@@ -264,16 +264,15 @@ def backward(
     rms: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, of keys [T - 1, B, C] and values [T - 1, B, H, W, C] before, of qk, w [C, 9] and the norm [C, 2].
+    """Gradients of x, earlier keys [T - 1, B, C] and values [T - 1, B, H, W, C], qk, w [C, 9] and the norm [C, 2].
 
-    dk and later are the gradients of this block's key and value from later blocks. The value is computed again, in its
-    dtype, or the last of a stage would be kept for nobody else. train says that the statistics of the norm of m were
-    those of the batch.
+    dk and later are the gradients of this block's key and value from later blocks. The value is computed again, in
+    dtype, because a saved value would cost a map in the last block of a stage. train: the norm used batch statistics.
     """
     (B, N, C), (H, W), (_, heads, T) = x.shape, grid, a.shape
     L, P, channels = H * W, N - H * W, statistics if post else None
     v, _ = compute_value(x, grid, w, dtype, (None, None, None) if post else (weight, bias, statistics))
-    table = addresses([*keys, y], [*values, v])  # nothing reads this block's key
+    table = addresses([*keys, y], [*values, v])  # y is a placeholder: nothing reads this block's key
     R, entries = B * triton.cdiv(L, SUMS['BP']), 3 if train else 1
     m, back, linear = (torch.empty_like(v), *x.new_empty(2 * R + 2, C, dtype=torch.float32).split([2 * R, 2]))
     sums, da = x.new_empty(R * T * entries + B * T, C, dtype=torch.float32).split([R * T * entries, B * T])

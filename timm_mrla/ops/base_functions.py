@@ -1,6 +1,6 @@
-"""The kernels of MRLA-base as ops of torch that autograd, fake tensors and torch.compile know.
+"""Registers the kernels of MRLA-base as PyTorch custom ops, which autograd and torch.compile support.
 
-They are functional. The kernels, and with them Triton, are imported when an op first runs.
+The ops are functional: they modify no argument. They import the kernels, and so Triton, when they first run.
 """
 
 import torch
@@ -11,7 +11,7 @@ from timm_mrla.ops.light_functions import second_order
 
 
 def _aligned(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors at addresses that are multiples of 16 bytes, as the kernels take those of the memory to be."""
+    """Copy tensors that are not aligned to 16 bytes, because the kernels assume this alignment of keys and values."""
     return [t.clone() if t.data_ptr() % 16 else t for t in tensors]
 
 
@@ -39,19 +39,19 @@ def base(
 
     Args:
         x: Maps or tokens [B, P + H * W, C].
-        keys, values: Keys [B, C] in float32 and values [B, C, H, W] in channels_last of the blocks before.
+        keys, values: Keys [B, C] in float32 and values [B, C, H, W] in channels_last of earlier blocks.
         grid: H and W.
-        qk: Weights [2, K] of query and key.
-        w: Weights [9, C] of the value.
-        weight, bias: Affine part [C] of the norm, of m if post, else of x; may be missing.
-        mean, var: Running statistics [C] of the norm of m; without them, those of the batch are used.
-        s: Scales [B] of stochastic depth, if any.
-        heads, eps, rms: Number of heads; epsilon of the norm; whether that of x is an RMS norm.
-        dtype, value_dtype: Of the output and of the value.
+        qk: Weights [2, K] of the convolutions of query and key.
+        w: Weights [9, C] of the convolution of the value.
+        weight, bias: Affine parameters [C] of the norm, which is of m if post, else of x; each may be None.
+        mean, var: Running statistics [C] of the norm of m; None to use the statistics of the batch.
+        s: Scales [B] of stochastic depth, or None.
+        heads, eps, rms: Number of heads; epsilon of the norm; whether the norm of x is an RMS norm.
+        dtype, value_dtype: Dtypes of the output and of the value.
 
     Returns:
-        The output, the key and the value of this block, and three tensors that backward needs. Of these, the last is,
-        if post, [5, C], where 2 is the mean and 4 the unbiased variance of the batch.
+        The output, the key and the value of this block, and three tensors for backward. If post, the last one is
+        [5, C]; its rows 2 and 4 are the mean and the unbiased variance of the batch.
     """
     from timm_mrla.ops import base as kernels
 
@@ -96,7 +96,7 @@ def _base_backward(
     rms: bool,
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the keys and values before, of qk, of w transposed, and of weight and bias in one [C, 2]."""
+    """Gradients of x, earlier keys and values, qk, w (transposed), and of weight and bias in one tensor [C, 2]."""
     from timm_mrla.ops import base_backward as kernels
 
     keys, values = _aligned(keys), _aligned(values)
@@ -153,7 +153,7 @@ def base_folded(
     bias: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """MRLA-base of the form `post` with the norm as scale and bias [C], for inference: output, key and value."""
+    """MRLA-base of the form `post` for inference, its norm as scale and bias [C]: output, key and value."""
     from timm_mrla.ops import base as kernels
 
     keys, values = _aligned(keys), _aligned(values)

@@ -1,7 +1,7 @@
-"""The memory of MRLA-base: makes the value of a block, and lets kernels read the keys and values of all blocks.
+"""The memory of MRLA-base: computes the value of a block, and lets kernels read the keys and values of all blocks.
 
-Keys and values are tensors of their own, and their number differs from launch to launch. A kernel gets a table
-[2, STRIDE] of their addresses, first those of values, then those of keys, and loops over it.
+Each key and value is a separate tensor, and their number differs between launches. So a kernel gets a table
+[2, STRIDE] of addresses, first of the values, then of the keys, and loops over it.
 """
 
 import torch
@@ -11,16 +11,16 @@ import triton.language as tl
 from timm_mrla.ops.common import kernel, load_channels, load_map, positions, split, stencil, store_map
 from timm_mrla.ops.light_pre import load_vector, normed_stencil
 
-# rows and columns of a tile, channels, warps; as those of MRLA-light
+# tile sizes: rows, columns, channels, warps; the same as for MRLA-light
 VALUE = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
-ADDRESSES = 8  # that a launch of store_addresses writes
+ADDRESSES = 8  # number of values, and of keys, in one launch of _store_addresses
 
 
 @kernel
 def _store_addresses(
     table_ptr, STRIDE, v0, v1, v2, v3, v4, v5, v6, v7, k0, k1, k2, k3, k4, k5, k6, k7, N: tl.constexpr
 ):
-    """Writes the addresses of N values and N keys to their places in the table."""
+    """Write the addresses of N values and N keys into the table [2, STRIDE]. Reads no map."""
     values = (v0, v1, v2, v3, v4, v5, v6, v7)
     keys = (k0, k1, k2, k3, k4, k5, k6, k7)
     for i in tl.static_range(N):
@@ -30,13 +30,13 @@ def _store_addresses(
 
 @triton.jit
 def address(table_ptr, t, like):
-    """The pointer at a place of the table, of the type of another."""
+    """The pointer in entry t of the table, of the same type as `like`. It must be a multiple of 16 bytes."""
     return tl.multiple_of(tl.load(table_ptr + t).to(like.dtype), 16)
 
 
 @triton.jit
 def block(row, ROWS, L, C, BP: tl.constexpr, BC: tl.constexpr):
-    """Image, offsets [BP, BC] in it and their mask, and channels of a program for one block of positions."""
+    """For one block of positions: the image, the offsets [BP, BC] in it, their mask, and the channels [BC]."""
     ch = tl.program_id(1) * BC + tl.arange(0, BC)
     p = (row % ROWS) * BP + tl.arange(0, BP)
     return (row // ROWS).to(tl.int64), p[:, None] * C + ch[None, :], (p < L)[:, None] & (ch < C)[None, :], ch
@@ -49,13 +49,13 @@ def load(ptr, at, mask):
 
 @triton.jit
 def load_weight(a_ptr, b, t, ch, C, T, heads):
-    """The weights of block t in one image, [1, BC]."""
+    """The attention weights of block t in one image, for each channel, [1, BC]."""
     return tl.load(a_ptr + (b * heads + ch // (C // heads)) * T + t, mask=ch < C, other=0.0)[None, :]
 
 
 @triton.jit
 def retrieve(table_ptr, a_ptr, like, b, at, mask, ch, L, C, T, heads):
-    """m [BP, BC] from the values of all blocks."""
+    """m = sum_t a_t * v_t, [BP, BC]. Reads a tile of each value."""
     m = tl.zeros(at.shape, tl.float32)
     for t in range(T):
         v = load(address(table_ptr, t, like) + b * L * C, at, mask)
@@ -64,7 +64,7 @@ def retrieve(table_ptr, a_ptr, like, b, at, mask, ch, L, C, T, heads):
 
 
 def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
-    """The table of where values and keys are."""
+    """The table [2, T] of the addresses of values and keys."""
     T = len(values)
     table = torch.empty(2, T, dtype=torch.int64, device=values[0].device)
     for i in range(0, T, ADDRESSES):
@@ -75,7 +75,7 @@ def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Ten
 
 
 def grid_of(B: int, L: int, C: int, BP: int, BC: int, **_) -> tuple[int, int]:
-    """Programs of a kernel for one block of positions each."""
+    """The launch grid of a kernel in which a program works on one block of positions."""
     return B * triton.cdiv(L, BP), triton.cdiv(C, BC)
 
 
@@ -98,9 +98,9 @@ def _value(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x once, writes v, the stencil of x or, with stats, of x after its norm.
+    """Computes v, the stencil of x or, with stats, of x after its norm. Reads x, writes one map.
 
-    rows [B * ROWS, C]: sums of x, if it is not normed.
+    rows [B * ROWS, C]: sums of x, only without stats.
     """
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     b = (row // ROWS).to(tl.int64)
@@ -129,9 +129,9 @@ def compute_value(
     dtype: torch.dtype,
     normed: tuple[torch.Tensor | None, ...] = (None, None, None),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The value v in a dtype, and sums of x by rows [B, n, C], of the form `post` alone.
+    """Return the value v in dtype, and the sums of x over rows [B, n, C], which only the form `post` fills.
 
-    In the form `pre`, normed are weight, bias and statistics of the norm.
+    normed: weight, bias and statistics of the norm of x in the form `pre`.
     """
     (B, N, C), (H, W) = x.shape, grid
     n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))

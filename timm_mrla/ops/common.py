@@ -1,8 +1,8 @@
-"""What the kernels of both forms share: tiles of a map, the 3x3 stencil, the gate of MRLA-light and its gradient.
+"""Functions shared by all kernels: tiles of a map, the 3x3 stencil, query and key, the gate of MRLA-light.
 
-A map [B, C, H, W] lies in memory as [B, H * W, C]. A program works on a tile of TH x TW positions and BC channels at a
-time. A row is one program's part of an image, some tiles of it. Rows are summed in a fixed order, without atomics, so
-two runs give the same bits. All arithmetic is in float32.
+A map [B, C, H, W] is stored as [B, H * W, C]. A program works on a tile of TH x TW positions and BC channels at a time.
+A row is the part of an image that one program sums: some of its tiles. Rows are summed in a fixed order, without
+atomics, so results are reproducible bit by bit. All arithmetic is in float32.
 """
 
 # ruff: noqa: RUF005  Triton has no unpacking of tuples
@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 1000  # that a kernel of sums is split into at least: some times the processors of a large GPU
+PROGRAMS = 1000  # about how many programs a summing kernel gets: several for each multiprocessor of a large GPU
 
-# a kernel is compiled for each dtype and for widths that are multiples of 16 or not, and not for each size of map
+# compile again for a new dtype, and for C divisible by 16 or not, but not for each size of the map
 kernel = triton.jit(
     do_not_specialize=[
         'B',
@@ -38,7 +38,7 @@ kernel = triton.jit(
 
 @triton.jit
 def positions(tile, W, TH: tl.constexpr, TW: tl.constexpr):
-    """Rows and columns [TH * TW] of the positions of a tile."""
+    """Row and column of each position of a tile, [TH * TW]."""
     p = tl.arange(0, TH * TW)
     tiles_w = tl.cdiv(W, TW)
     return (tile // tiles_w) * TH + p // TW, (tile % tiles_w) * TW + p % TW
@@ -46,39 +46,39 @@ def positions(tile, W, TH: tl.constexpr, TW: tl.constexpr):
 
 @triton.jit
 def is_inside(h, w, H, W):
-    """Whether positions are on the map."""
+    """Whether positions are inside the map."""
     return (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit
 def load_map(ptr, h, w, ch, H, W, C):
-    """Values [positions, BC] of a map, zero outside."""
+    """Load the values [positions, BC] of a map, zero outside of it."""
     mask = is_inside(h, w, H, W)[:, None] & (ch < C)[None, :]
     return tl.load(ptr + (h * W + w)[:, None] * C + ch[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_map(ptr, x, h, w, ch, H, W, C):
-    """Write values [positions, BC] of a map."""
+    """Write the values [positions, BC] of a map."""
     mask = is_inside(h, w, H, W)[:, None] & (ch < C)[None, :]
     tl.store(ptr + (h * W + w)[:, None] * C + ch[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_channels(ptr, ch, C):
-    """One number for each channel, [1, BC]."""
+    """Load a vector of channels as [1, BC]."""
     return tl.load(ptr + ch, mask=ch < C, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def load_gate(g_ptr, b, ch, C, heads):
-    """The gates of one image, [1, BC]."""
+    """Load the gates of one image for each channel, [1, BC]."""
     return tl.load(g_ptr + b * heads + ch // (C // heads), mask=ch < C, other=0.0)[None, :]
 
 
 @triton.jit
 def stencil(ptr, w_ptr, h, w, ch, H, W, C):
-    """The depthwise 3x3 convolution [positions, BC] of a map, with weights [9, C]."""
+    """The depthwise 3x3 convolution of a map, [positions, BC]; weights [9, C]."""
     v = load_map(ptr, h - 1, w - 1, ch, H, W, C) * load_channels(w_ptr, ch, C)
     for i in tl.static_range(1, 9):
         v += load_map(ptr, h + (i // 3 - 1), w + (i % 3 - 1), ch, H, W, C) * load_channels(w_ptr + i * C, ch, C)
@@ -87,9 +87,9 @@ def stencil(ptr, w_ptr, h, w, ch, H, W, C):
 
 @triton.jit
 def transposed_stencil(ptr, x, taps, w_ptr, h, w, ch, H, W, C):
-    """The gradients of what the stencil read, [positions, BC], and of its weights, added to taps: those of v at ptr.
+    """From the gradient of v at ptr: the gradient of the stencil's input, and taps plus the gradient of its weights.
 
-    x, [positions, BC], is what it read.
+    x is the stencil's input; all are [positions, BC].
     """
     u = tl.zeros_like(x)
     sums = ()
@@ -102,14 +102,14 @@ def transposed_stencil(ptr, x, taps, w_ptr, h, w, ch, H, W, C):
 
 @triton.jit
 def store_taps(ptr, taps, g, ch, C):
-    """Write the gradients [9, C] of the weights of the stencil, times g."""
+    """Write the gradients [9, C] of the stencil's weights: taps times g, summed over the positions."""
     for i in tl.static_range(9):
         tl.store(ptr + i * C + ch, tl.sum(taps[i] * g, 0), mask=ch < C)
 
 
 @triton.jit
 def query_key(y_ptr, qk_ptr, c, ok, C, K, inverse):
-    """Query and key of channels c from the sums of the channels around them."""
+    """Query and key of channels c: 1-d convolutions of the channel means y * inverse."""
     q = tl.zeros(c.shape, tl.float32)
     k = tl.zeros(c.shape, tl.float32)
     for j in range(K):
@@ -122,7 +122,7 @@ def query_key(y_ptr, qk_ptr, c, ok, C, K, inverse):
 
 @triton.jit
 def image_sums(sums_ptr, y_ptr, C, ROWS, STRIDE, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums y [C] of rows [ROWS, STRIDE] of an image, which all threads of the program may then read."""
+    """Write y [C], the sum of rows [ROWS, STRIDE] of an image. After it, all threads of the program can read y."""
     for c0 in range(0, C, BC):
         ch = c0 + tl.arange(0, BC)
         y = tl.zeros((BR, BC), tl.float32)
@@ -152,9 +152,9 @@ def gate(
     HB: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Of one image, sums y [C] of rows [ROWS, STRIDE], and the gates g [heads] = sigmoid(<q, k> * scale).
+    """Computes for each image y [C], the sum of rows [ROWS, STRIDE], and g [heads] = sigmoid(<q, k> * scale).
 
-    STRIDE is the distance of two rows, inverse 1 / (H * W).
+    Reads no map. STRIDE is the distance between two rows; inverse is 1 / (H * W).
     """
     b = tl.program_id(0).to(tl.int64)
     y_ptr += b * C
@@ -188,9 +188,9 @@ def gate_backward(
     HB: tl.constexpr,
     D: tl.constexpr,
 ):
-    """Of one image, the gradients of the weights of query and key [2, K], and e [C], of each position's x.
+    """Computes for each image the gradient of qk [2, K], and e [C], the gradient of x per position. Reads no map.
 
-    dg [ROWS, STRIDE] are the gradients of the gates by rows and channels, buffer [2, C] is for those of query and key.
+    dg [ROWS, STRIDE] is the gradient of the gates for each row and channel; buffer [2, C] is scratch.
     """
     b = tl.program_id(0).to(tl.int64)
     y_ptr += b * C
@@ -216,7 +216,7 @@ def gate_backward(
 
 @triton.jit
 def query_key_backward(y_ptr, qk_ptr, buffer_ptr, dqk_ptr, e_ptr, C, K, inverse, BC: tl.constexpr):
-    """Of one image, dqk [2, K] and e [C] from the gradients of query and key, buffer [2, C]."""
+    """Write dqk [2, K] and e [C] of one image, from buffer [2, C], the gradients of query and key."""
     for j in range(K):
         dq = tl.zeros((BC,), tl.float32)
         dk = tl.zeros((BC,), tl.float32)
@@ -241,7 +241,7 @@ def query_key_backward(y_ptr, qk_ptr, buffer_ptr, dqk_ptr, e_ptr, C, K, inverse,
 
 @kernel
 def sum_rows(rows_ptr, out_ptr, R, K, C, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums over rows [R, K, C] -> [C, K]."""
+    """Computes the sum [C, K] of rows [R, K, C]. Reads no map."""
     ch, k = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
     s = tl.zeros((BR, BC), tl.float32)
     for r0 in range(0, R, BR):
@@ -252,7 +252,7 @@ def sum_rows(rows_ptr, out_ptr, R, K, C, BR: tl.constexpr, BC: tl.constexpr):
 
 
 def head_blocks(C: int, heads: int) -> dict[str, int]:
-    """Sizes of the blocks that `gate` and `gate_backward` work in: channels, heads, and channels of a head."""
+    """Block sizes of the kernels that loop over heads, such as `gate`: channels, heads, channels of a head."""
     D = triton.next_power_of_2(C // heads)
     return {
         'BC': min(triton.next_power_of_2(C), 256),
@@ -262,13 +262,13 @@ def head_blocks(C: int, heads: int) -> dict[str, int]:
 
 
 def split(tiles: int, programs: int) -> tuple[int, int]:
-    """Rows of an image of so many tiles, and tiles of a row, for a kernel with so many programs for each row."""
+    """Split an image into rows: number of rows, tiles of a row. programs: launched for one row of every image."""
     per_row = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // programs)))
     return triton.cdiv(tiles, per_row), per_row
 
 
 def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums y [B, C] and gates [B, heads] from sums [B, rows, ..., C] of maps, of so many positions, by rows."""
+    """y [B, C] and the gates [B, heads] from sums [B, rows, C] over the rows of maps of `positions` positions."""
     B, rows, C = sums.shape[0], sums.shape[1], sums.shape[-1]
     y, g = sums.new_empty(B, C), sums.new_empty(B, heads)
     gate[(B,)](
@@ -282,7 +282,7 @@ def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: in
 def compute_gate_backward(
     y: torch.Tensor, g: torch.Tensor, dg: torch.Tensor, qk: torch.Tensor, positions: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of qk [2, K], and e [B, C], of x at each position, from those of the gates [B, rows, C]."""
+    """Gradient of qk [2, K], and e [B, C], the gradient of x at each position, from dg [B, rows, C]."""
     (B, C), heads, K = y.shape, g.shape[1], qk.shape[1]
     e, scratch, dqk = y.new_empty(B * (3 * C + 2 * K)).split([B * C, 2 * B * C, 2 * B * K])
     gate_backward[(B,)](
@@ -293,7 +293,7 @@ def compute_gate_backward(
 
 
 def total(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sums [C, K] over rows [R, K, C]."""
+    """Sum rows [R, K, C] to [C, K] in dtype."""
     R, K, C = rows.shape
     out = rows.new_empty(C, K, dtype=dtype)
     sum_rows[(triton.cdiv(C, 32), K)](rows, out, R, K, C, BR=32, BC=32)

@@ -1,4 +1,4 @@
-"""Runs layer attention in the fused kernels where they may run: takes a layer apart and calls its op."""
+"""Runs a layer in the fused kernels where they can run: collects the layer's tensors and calls its custom op."""
 
 import torch
 from timm.layers import DropPath
@@ -16,12 +16,12 @@ def _qk(layer: nn.Module) -> torch.Tensor:
 
 
 def _taps(weight: torch.Tensor) -> torch.Tensor:
-    """Weights of the value [C, 1, 3, 3] -> [9, C], which the kernels read in one piece."""
+    """Weights of the value [C, 1, 3, 3] -> [9, C], contiguous over the channels, as the kernels read them."""
     return weight.flatten(1).t().contiguous()
 
 
 def _scale(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """Scales [B] of stochastic depth, drawn by the layer's own module."""
+    """Scales [B] of stochastic depth, drawn by the layer's DropPath; None if it drops nothing."""
     if layer.drop_path.training and isinstance(layer.drop_path, DropPath):
         return layer.drop_path(x.new_ones(x.shape[0], 1, 1, 1, dtype=torch.float32)).flatten()
     return None
@@ -29,19 +29,19 @@ def _scale(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _update_statistics(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> None:
-    """What a batch norm in training mode does to its running statistics."""
+    """Update the running statistics of a batch norm in training mode, as its own forward pass does."""
     if not (norm.training and norm.track_running_stats):
         return
     norm.num_batches_tracked.add_(1)
     momentum = norm.momentum
-    if momentum is None:  # cumulative average
+    if momentum is None:  # cumulative average, as in nn.BatchNorm2d
         momentum = 1.0 / norm.num_batches_tracked
     for running, statistic in ((norm.running_mean, mean), (norm.running_var, var)):
         running.lerp_(statistic.to(running.dtype), momentum)
 
 
 def _statistics(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The running statistics that a batch norm uses, if it does."""
+    """The running statistics of a batch norm, or None twice if it uses the statistics of the batch."""
     uses_batch = norm.training or norm.running_mean is None
     return (None, None) if uses_batch else (norm.running_mean, norm.running_var)
 
@@ -63,7 +63,7 @@ def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid
     if layer.layout != 'NLC':
         x, o = x.flatten(1, 2), o.flatten(1, 2)
     dtype = gradient_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # on a GPU, layer norms then give float32
+    if torch.is_autocast_enabled(x.device.type):  # on a GPU, autocast runs layer norms in float32
         dtype = torch.float32 if x.is_cuda else x.dtype
         gradient_dtype = torch.get_autocast_dtype(x.device.type)
     norm = layer.norm_x
@@ -97,7 +97,7 @@ def _run_base(
     else:
         is_post, v_dtype = layer.form == 'post', value_dtype(x)
         if not is_post and x.is_cuda and v_dtype != dtype and x.shape[1] > grid[0] * grid[1]:
-            dtype = torch.float32  # under autocast, the prefix is that of a layer norm
+            dtype = torch.float32  # under autocast, a layer norm returns the prefix in float32
         norm = layer.norm if is_post else layer.norm_x
         statistics = _statistics(norm) if is_post else (None, None)
         out, k, v, _, _, channels = base(
@@ -116,7 +116,7 @@ def _run_base(
 def fused(
     layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory, feat_size: Grid = None
 ) -> torch.Tensor | tuple[torch.Tensor, Memory] | None:
-    """Layer attention in the kernels, or None where they may not run; other is the shortcut or the memory."""
+    """Run a layer in the kernels, or return None if they cannot run. other: the shortcut (light), the memory (base)."""
     if reason(layer, x, other, feat_size):
         return None
     if not isinstance(layer, LIGHT):

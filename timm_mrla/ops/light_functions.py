@@ -1,6 +1,6 @@
-"""The kernels as ops of torch that autograd, fake tensors and torch.compile know: one forward, one backward a form.
+"""Registers the kernels of MRLA-light as PyTorch custom ops, which autograd and torch.compile support.
 
-They are functional. The kernels, and with them Triton, are imported when an op first runs.
+The ops are functional: they modify no argument. They import the kernels, and so Triton, when they first run.
 """
 
 import torch
@@ -34,15 +34,15 @@ def light_post(
 
     Args:
         x, o: Maps [B, C, H, W] in channels_last.
-        qk: Weights [2, K] of query and key.
-        w: Weights [9, C] of the value.
-        lam, gamma, beta: Vectors [C]; gamma and beta are the affine part of the norm, if it has one.
-        mean, var: Running statistics [C]; without them, those of the batch are used.
-        s: Scales [B] of stochastic depth, if any.
+        qk: Weights [2, K] of the convolutions of query and key.
+        w: Weights [9, C] of the convolution of the value.
+        lam, gamma, beta: Vectors [C]; gamma and beta are the affine parameters of the norm, or None.
+        mean, var: Running statistics [C]; None to use the statistics of the batch.
+        s: Scales [B] of stochastic depth, or None.
         heads, eps: Number of heads; epsilon of the norm.
 
     Returns:
-        The output, and four tensors that backward needs. Of these, the second is [6, C], where 3 is the mean and 5 the
+        The output, and four tensors for backward. The second of them is [6, C]; its rows 3 and 5 are the mean and the
         unbiased variance of the batch.
     """
     from timm_mrla.ops import light_post as kernels
@@ -76,7 +76,7 @@ def _light_post_backward(
     g: Tensor,
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, o, qk, w transposed, and of gamma, beta and lam in one tensor [3, C]."""
+    """Gradients of x, o, qk, w (transposed), and of gamma, beta and lam in one tensor [3, C]."""
     from timm_mrla.ops import light_post_backward as kernels
 
     with torch.cuda.device_of(x):
@@ -109,7 +109,7 @@ _light_post_backward.register_autograd(second_order)
 
 @custom_op('timm_mrla::light_folded', mutates_args=())
 def light_folded(x: Tensor, o: Tensor, qk: Tensor, w: Tensor, lam: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """MRLA-light of the form `post` with the norm folded into w [9, C], lam and bias [C], for inference."""
+    """MRLA-light of the form `post` for inference, its norm folded into w [9, C], lam and bias [C]."""
     from timm_mrla.ops import light_post as kernels
 
     with torch.cuda.device_of(x):
@@ -146,12 +146,12 @@ def light_pre(
         x, o: Tokens [B, P + H * W, C].
         grid: H and W.
         qk, w, lam, s, heads: As in `light_post`.
-        nw, nb, ow, ob: Weights and biases [C] of the norms of x and o; a bias may be missing, the norm of o too.
+        nw, nb, ow, ob: Weights and biases [C] of the norms of x and o; None for a missing bias or a missing norm of o.
         eps, rms: Epsilon of the norms; whether they are RMS norms rather than layer norms.
-        dtype, gradient_dtype: Of the output, and of what backward stores in between.
+        dtype, gradient_dtype: Dtypes of the output and of the intermediate maps in backward.
 
     Returns:
-        The output, and three tensors that backward needs.
+        The output, and three tensors for backward.
     """
     from timm_mrla.ops import light_pre as kernels
 
@@ -186,7 +186,7 @@ def _light_pre_backward(
     rms: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, o, qk and w transposed, and of nw, nb, ow, ob and lam in one tensor [5, C]."""
+    """Gradients of x, o, qk, w (transposed), and of nw, nb, ow, ob and lam in one tensor [5, C]."""
     from timm_mrla.ops import light_pre_backward as kernels
 
     with torch.cuda.device_of(x):

@@ -1,9 +1,9 @@
-"""MRLA-light of the form `post` with a batch norm: `x + s * batch_norm(g * v + lam * o)`, kernels and their launchers.
+"""Kernels of MRLA-light in the form `post`, forward: `x + s * batch_norm(g * v + lam * o)`.
 
-v, the depthwise convolution of x, is computed again wherever it is needed, so neither v nor m = g * v + lam * o is ever
-stored. README.md in this folder derives the formulas. Shapes: maps x, o, d (the gradient of the output) and dm
-[B, C, H, W] in channels_last; w, the weights of v, [9, C]; g [B, heads]; per-channel vectors [C]; s, the drop path of
-each image, [B].
+Each kernel computes v, the depthwise convolution of x, again, so neither v nor m = g * v + lam * o is ever stored.
+README.md in this folder derives the formulas. Shapes: maps x, o, d (gradient of the output) and dm (of m)
+[B, C, H, W] in channels_last; w, the weights of v, [9, C]; g [B, heads]; vectors of channels [C]; s, the drop path
+scale of each image, [B].
 """
 
 import torch
@@ -23,23 +23,23 @@ from timm_mrla.ops.common import (
     store_map,
 )
 
-# rows and columns of a tile, channels, warps; the best of those tried on an H100 in bfloat16, at 56 x 56 to 7 x 7
+# tile sizes: rows, columns, channels, warps; the fastest that we tried on an H100 in bfloat16, at 56 x 56 to 7 x 7
 SUMS = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
 MAPS = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
 APPLY = {'TH': 2, 'TW': 4, 'BC': 128, 'num_warps': 4}
 STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
 
-# what is known of a row and channel: number of positions, sum of x, means of v and o, sums of centered products
+# entries of `rows` [R, 7, C]: number of positions, sum of x, means of v and o, sums of centered products
 COUNT, SUM_X, MEAN_V, MEAN_O, VV, VO, OO = (tl.constexpr(i) for i in range(7))
-# what is known of a channel: out = x + s * (A * g * v + LAM * o + BIAS)
+# rows of `channels` [6, C]: out = x + s * (A * g * v + LAM * o + BIAS); VAR is the batch's unbiased variance
 A, LAM, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(6))
 
 
 @kernel
 def _sums(x_ptr, o_ptr, w_ptr, rows_ptr, H, W, C, ROWS, TILES, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr):
-    """Reads x and o once -> rows [B * ROWS, 7, C].
+    """Computes rows [B * ROWS, 7, C], sums and means of x, v, o and their products. Reads x and o once.
 
-    Squares are those of distances to the mean of the first tile: a mean of many deviations would drown the variance.
+    Products are of distances to the mean of the first tile, because squares of a large mean would round them away.
     """
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     base = (row // ROWS).to(tl.int64) * H * W * C
@@ -88,19 +88,19 @@ def _sums(x_ptr, o_ptr, w_ptr, rows_ptr, H, W, C, ROWS, TILES, TH: tl.constexpr,
 
 @triton.jit
 def entries(ptr, r, ch, K: tl.constexpr, C):
-    """Where the entries of rows r are in [R, K, C], [BR, BC]."""
+    """Pointers [BR, BC] to the first entry of rows r in [R, K, C]."""
     return ptr + r[:, None].to(tl.int64) * K * C + ch[None, :]
 
 
 @triton.jit
 def entry(at, i: tl.constexpr, ok, C):
-    """Entry i of rows, [BR, BC]."""
+    """Load entry i of rows, [BR, BC]."""
     return tl.load(at + i * C, mask=ok, other=0.0)
 
 
 @triton.jit
 def load_gates(g_ptr, r, mask, ch, C, ROWS, heads):
-    """The gates [BR, BC] of rows r."""
+    """Load the gates [BR, BC] of rows r."""
     return tl.load(g_ptr + (r // ROWS)[:, None] * heads + (ch // (C // heads))[None, :], mask=mask, other=0.0)
 
 
@@ -124,7 +124,7 @@ def _statistics(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Mean and variance of m, of the batch from rows [R, 7, C] or as they run -> channels [6, C]."""
+    """Computes channels [6, C] of the norm of m, from rows [R, 7, C] or running statistics. Reads no map."""
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = ch < C
     lam = load_channels(lam_ptr, ch, C)
@@ -191,7 +191,7 @@ def _apply(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x and o once, writes x + s * (a * g * v + lam * o + bias); FOLDED: a is in the weights of v."""
+    """Computes x + s * (a * g * v + lam * o + bias). Reads x and o, writes one map. FOLDED: w contains a."""
     tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
     b, ch = tl.program_id(0) // tiles, tl.program_id(1) * BC + tl.arange(0, BC)
     h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
@@ -208,7 +208,7 @@ def _apply(
 
 @kernel
 def _mean_sums(x_ptr, rows_ptr, P, C, ROWS, PER_ROW, BP: tl.constexpr, BC: tl.constexpr):
-    """Reads x once -> rows [B * ROWS, 1, C]: sums over PER_ROW of the P positions."""
+    """Computes rows [B * ROWS, 1, C], sums of x over PER_ROW of the P = H * W positions. Reads x once."""
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     x_ptr += (row // ROWS).to(tl.int64) * P * C
     first = (row % ROWS) * PER_ROW
@@ -222,18 +222,18 @@ def _mean_sums(x_ptr, rows_ptr, P, C, ROWS, PER_ROW, BP: tl.constexpr, BC: tl.co
 
 
 def split_rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
-    """Rows of each image, and tiles of a row."""
+    """Number of rows of each image, and of tiles of a row."""
     B, C, H, W = x.shape
     return split(triton.cdiv(H, TH) * triton.cdiv(W, TW), B * triton.cdiv(C, BC))
 
 
 def rows_of(x: torch.Tensor) -> int:
-    """Rows of each image in what `forward` returns."""
+    """Number of rows of each image in the tensor `rows` that `forward` returns."""
     return split_rows(x, **SUMS)[0]
 
 
 def grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
-    """Programs of a kernel that writes a tile each."""
+    """The launch grid of a kernel in which a program writes one tile."""
     B, C, H, W = x.shape
     return B * triton.cdiv(H, TH) * triton.cdiv(W, TW), triton.cdiv(C, BC)
 
@@ -261,9 +261,9 @@ def forward(
     heads: int,
     eps: float,
 ) -> tuple[torch.Tensor, ...]:
-    """The output, and what backward and the running statistics need: rows, channels, y and g.
+    """Return the output, and for backward and the running statistics: rows, channels, y and g.
 
-    With mean and var these are the statistics, without, those of the batch are.
+    mean and var are the running statistics, or None to use the statistics of the batch.
     """
     B, C, H, W = x.shape
     n, tiles = split_rows(x, **SUMS)
@@ -289,7 +289,7 @@ def folded(
     bias: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
-    """The output with the norm folded into w, lam and bias, for inference."""
+    """Return the output for inference, the norm folded into w, lam and bias."""
     B, C, H, W = x.shape
     BP, BC = 16, 64
     n, tiles = split(triton.cdiv(H * W, BP), B * triton.cdiv(C, BC))

@@ -1,4 +1,4 @@
-"""The backward pass of MRLA-light of the form `post`. light_post.py says what the shapes are."""
+"""Kernels of MRLA-light in the form `post`, backward. The docstring of light_post.py lists the shapes."""
 
 import torch
 import triton
@@ -55,7 +55,7 @@ def _gradient_sums(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x, o and d once -> back [B * ROWS, 3, C]: sums of d, of d * (v - mean_v) and d * (o - mean_o)."""
+    """Computes back [B * ROWS, 3, C], sums of d, d * (v - mean_v) and d * (o - mean_o). Reads x, o and d."""
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     base = (row // ROWS).to(tl.int64) * H * W * C
     rows_ptr += row.to(tl.int64) * 7 * C
@@ -97,7 +97,7 @@ def _gradient_statistics(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Gradients of gamma, beta, lam: vectors [3, C], and of the gates by rows and channels: dg [R, C].
+    """Computes vectors [3, C], the gradients of gamma, beta and lam, and dg [R, C], of the gates. Reads no map.
 
     linear [3, C]: dm = s * a * d + linear0 * g * v + linear1 * o + linear2.
     """
@@ -127,7 +127,7 @@ def _gradient_statistics(
         sm += dm
     dbeta = tl.sum(sd, 0)[None, :]
     dgamma = tl.sum(sm, 0)[None, :] * rstd
-    c1 = dbeta * 0.0  # with running statistics the norm is linear
+    c1 = dbeta * 0.0  # zero with running statistics, because the norm is then linear
     c2 = c1
     if TRAIN:
         total_n = tl.maximum(tl.sum(n, 0), 1.0)[None, :]
@@ -145,7 +145,7 @@ def _gradient_statistics(
         k = a
         if DROP:
             k = a * tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
-        # the sum of dm over the row, of which the means of v and o are multiples
+        # dm: the sum of dm over the row; its products with the row's means of v and o are parts of dg and dlam
         away = g * mean_v + lam * mean_o - mean
         dm = k * entry(back, 0, ok, C) - entry(at, COUNT, ok, C) * (c2 * away + c1)
         dg = k * entry(back, 1, ok, C) + dm * mean_v
@@ -181,7 +181,7 @@ def _gradient_m(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x, o and d once, writes dm, the gradient of m."""
+    """Computes dm, the gradient of m. Reads x, o and d, writes one map."""
     tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
     b, ch = tl.program_id(0) // tiles, tl.program_id(1) * BC + tl.arange(0, BC)
     h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
@@ -218,9 +218,9 @@ def gradient_maps(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x, d and dm once, writes dx = d + g * (transposed stencil of dm) + e and do = lam * dm.
+    """Computes dx = d + g * (transposed stencil of dm) + e, do = lam * dm. Reads x, d and dm, writes dx and do.
 
-    taps [B * ROWS, 9, C]: the gradients of the weights of v. Without g it is 1, without do there is none.
+    taps [B * ROWS, 9, C]: the gradients of the weights of v. g_ptr None: g is 1; do_ptr None: writes dx only.
     """
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     b = row // ROWS
@@ -258,7 +258,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, o, qk, w [C, 9], and of gamma, beta and lam in one tensor [3, C].
 
-    train says that the statistics were those of the batch.
+    train: the norm used the statistics of the batch.
     """
     B, C, H, W = x.shape
     n, heads = rows.shape[1], g.shape[1]

@@ -1,11 +1,10 @@
-"""MRLA-light of the form `pre`: `x + s * (g * gelu(v) + lam * p)`, kernels and their launchers.
+"""Kernels of MRLA-light in the form `pre`, forward: `x + s * (g * gelu(v) + lam * p)`, for prefix tokens `x + s * y`.
 
-v is the depthwise convolution of y; y and p are x and o after their layer norms. Neither is ever stored, only mean and
-reciprocal deviation of each position are. README.md in this folder derives the formulas. Shapes: x, o, d (the gradient
-of the output), u [B, N, C] with N = P + H * W, prefix tokens first; w, the weights of v, [9, C]; g [B, heads];
-per-channel vectors [C]; s, the drop path of each image, [B]; stats [B, 2, 2, N], of x and o, mean and reciprocal.
-
-A prefix token gets `x + s * y`. A norm's bias may be missing, the norm of o too, and an RMS norm subtracts no mean.
+v is the depthwise convolution of y; y and p are x and o after their layer norms. The kernels store none of them, only
+the mean and the reciprocal deviation of each position. README.md in this folder derives the formulas. Shapes: x, o, d
+(gradient of the output) and u (of v) [B, N, C] with N = P + H * W, prefix tokens first; w, the weights of v, [9, C];
+g [B, heads]; vectors of channels [C]; s, the drop path scale of each image, [B]; stats [B, 2, 2, N]: of x and of o,
+mean and reciprocal deviation. A bias or the norm of o may be missing (None). An RMS norm subtracts no mean.
 """
 
 import torch
@@ -24,14 +23,14 @@ from timm_mrla.ops.common import (
     store_map,
 )
 
-# rows and columns of a tile, channels, warps; the best of those tried on an H200, at 56 x 56 to 7 x 7
+# tile sizes: rows, columns, channels, warps; the fastest that we tried on an H200, at 56 x 56 to 7 x 7
 APPLY = {'TH': 2, 'TW': 4, 'BC': 32, 'num_warps': 2}
 GRADIENT = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
 
 
 @triton.jit
 def load_vector(ptr, ch, C, missing):
-    """One number for each channel [1, BC] of a vector that may be missing."""
+    """Load a vector of channels as [1, BC]; if ptr is None, fill it with `missing`."""
     if ptr is None:
         return tl.zeros_like(ch).to(tl.float32)[None, :] + missing
     else:
@@ -40,7 +39,7 @@ def load_vector(ptr, ch, C, missing):
 
 @triton.jit
 def load_normed(ptr, stats_ptr, weight, bias, h, w, ch, H, W, C, N):
-    """Values [positions, BC] of a map after its norm, zero outside."""
+    """Load the values [positions, BC] of a map and norm them; zero outside of the map."""
     inside = is_inside(h, w, H, W)
     mean = tl.load(stats_ptr + h * W + w, mask=inside, other=0.0)[:, None]
     rstd = tl.load(stats_ptr + N + h * W + w, mask=inside, other=0.0)[:, None]
@@ -50,7 +49,7 @@ def load_normed(ptr, stats_ptr, weight, bias, h, w, ch, H, W, C, N):
 
 @triton.jit
 def normed_stencil(ptr, stats_ptr, w_ptr, weight, bias, h, w, ch, H, W, C, N):
-    """The depthwise 3x3 convolution [positions, BC] of a map after its norm."""
+    """The depthwise 3x3 convolution [positions, BC] of a map after its norm; weights [9, C]."""
     v = load_normed(ptr, stats_ptr, weight, bias, h - 1, w - 1, ch, H, W, C, N) * load_channels(w_ptr, ch, C)
     for i in tl.static_range(1, 9):
         y = load_normed(ptr, stats_ptr, weight, bias, h + (i // 3 - 1), w + (i % 3 - 1), ch, H, W, C, N)
@@ -85,7 +84,7 @@ def norms(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x and o once -> stats; rows [B * ROWS, C]: sums of y over the map; writes the prefix of the output."""
+    """Computes stats, rows [B * ROWS, C] (sums of y over the map) and out's prefix. Reads x and, if normed, o."""
     row, which, ch = tl.program_id(0), tl.program_id(1), tl.arange(0, BC)
     b = (row // ROWS).to(tl.int64)
     first = (row % ROWS) * PER_ROW
@@ -142,7 +141,7 @@ def _apply(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x and o once, writes x + s * (g * gelu(v) + lam * p)."""
+    """Computes x + s * (g * gelu(v) + lam * p). Reads x and o, writes one map."""
     tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
     b, ch = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1) * BC + tl.arange(0, BC)
     h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
@@ -164,9 +163,9 @@ def _apply(
 
 
 def whole(x: torch.Tensor, elements: int, programs: int = 1) -> tuple[int, int, dict[str, int]]:
-    """Rows of each image and positions of a row for a kernel that reads whole positions, and its blocks.
+    """For a kernel that reads all channels of a position: rows of each image, positions of a row, and block sizes.
 
-    A block has so many elements, or is one position where that is larger, and a thread has 4 to 16 of them.
+    A block has at most 8 positions and `elements` elements, but at least one position. A thread has at most 8 elements.
     """
     B, N, C = x.shape
     BC = triton.next_power_of_2(C)
@@ -192,7 +191,7 @@ def forward(
     rms: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """The output in a dtype, and what backward needs: stats, y, sums of the normed map [B, C], and g."""
+    """Return the output in dtype, and for backward stats, y [B, C] (the sums of the normed map), and g."""
     (B, N, C), (H, W) = x.shape, grid
     n, per_row, blocks = whole(x, 2048, 2)
     out = torch.empty_like(x, dtype=dtype)

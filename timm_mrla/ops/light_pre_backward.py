@@ -1,4 +1,4 @@
-"""The backward pass of MRLA-light of the form `pre`. light_pre.py says what the shapes are."""
+"""Kernels of MRLA-light in the form `pre`, backward. The docstring of light_pre.py lists the shapes."""
 
 # ruff: noqa: RUF005  Triton has no unpacking of tuples
 
@@ -45,7 +45,7 @@ def _gradient_v(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x and d once, writes u = s * g * d * gelu'(v), the gradient of v.
+    """Computes u = s * g * d * gelu'(v), the gradient of v. Reads x and d, writes one map.
 
     rows [B * ROWS, C]: sums of s * d * gelu(v), the gradient of the gate.
     """
@@ -92,7 +92,7 @@ def gradient_y(
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x and u once, writes dy = transposed stencil of u + e, of the map alone.
+    """Computes dy = (transposed stencil of u) + e, without prefix tokens. Reads x and u, writes one map.
 
     rows [B * ROWS, 9, C]: the gradients of the weights of v.
     """
@@ -115,7 +115,7 @@ def gradient_y(
 
 @triton.jit
 def _norm_backward(dz, z, rstd, C, RMS: tl.constexpr):
-    """The gradient of what was normed, from that of z, the normed."""
+    """The gradient of a norm's input from dz, the gradient of its output z before the affine part."""
     dz -= z * (tl.sum(dz * z, 1) / C)[:, None]
     if not RMS:
         dz -= (tl.sum(dz, 1) / C)[:, None]
@@ -124,7 +124,7 @@ def _norm_backward(dz, z, rstd, C, RMS: tl.constexpr):
 
 @triton.jit
 def _load_row(ptr, stats_ptr, p, at, ok, mask, N):
-    """Whole positions [BP, BC] before the affine part of their norm, and its reciprocal deviation [BP, 1]."""
+    """Load all channels of positions and norm them without affine part, [BP, BC]; also the reciprocal deviation."""
     mean = tl.load(stats_ptr + p, mask=ok, other=0.0)[:, None]
     rstd = tl.load(stats_ptr + N + p, mask=ok, other=0.0)[:, None]
     return tl.where(mask, (tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd, 0.0), rstd
@@ -153,10 +153,10 @@ def gradient_maps(
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Reads x, o, d and dy once, writes dx and do. Without do, there is no o.
+    """Computes dx and do, through both norms. Reads x, o, d and dy, writes dx and do. do_ptr None: no o and no do.
 
-    rows [B * ROWS, 4, C]: sums of dy * z and dy, z the normed x before the affine part; of s * d * z and s * d, z of o.
-    Without do, these are [B * ROWS, 2, C].
+    rows [B * ROWS, 4, C]: sums of dy * z and dy, where z is x normed without affine part; then of s * d * z and s * d,
+    where z is o, normed likewise. Without do, rows is [B * ROWS, 2, C].
     """
     row, ch = tl.program_id(0), tl.arange(0, BC)
     b = (row // ROWS).to(tl.int64)
@@ -207,7 +207,7 @@ def gradient_maps(
 
 @kernel
 def _gradient_vectors(rows_ptr, lam_ptr, ow_ptr, ob_ptr, out_ptr, R, C, BR: tl.constexpr, BC: tl.constexpr):
-    """Sums over rows [R, 4, C] -> the gradients of both norms' weights and biases and of lam, [5, C]."""
+    """Computes the gradients [5, C] of both norms and of lam from rows [R, 4, C]. Reads no map."""
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = ch < C
     sums = (tl.zeros((BR, BC), tl.float32),) * 4
@@ -253,7 +253,7 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of x, o, qk and w [C, 9], and of nw, nb, ow, ob and lam in one tensor [5, C].
 
-    dtype is that of u and dy.
+    u and dy have the given dtype.
     """
     (B, N, C), (H, W), heads = x.shape, grid, g.shape[1]
     P = N - H * W

@@ -1,7 +1,7 @@
-"""Says whether layer attention may run in the fused kernels, and why not.
+"""Decides whether a layer can run in the fused kernels, and says why not.
 
-A layer calls its children one by one, so hooks, adapters, pruning, sharding and quantizers see them. The kernels pass
-the children by. So they run only where nobody could tell, and the plain layer runs everywhere else.
+The plain layer calls its submodules one by one, and hooks, adapters, pruning, sharding and quantizers rely on that. The
+kernels skip the submodules. So they run only if nothing relies on those calls; otherwise the plain layer runs.
 """
 
 import functools
@@ -19,27 +19,27 @@ from timm_mrla.layers.weights import BaseWeights, LightWeights
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
 
-# tuples: dynamo of torch 2.9 cannot trace A | B
+# tuples, because torch.compile in torch 2.9 cannot trace A | B
 LIGHT, _TRAINED = (MrlaLight, InferenceLight), (MrlaLight, MrlaBase)
 
 _logger = logging.getLogger(__name__)
 
 _enabled = os.environ.get('TIMM_MRLA_FUSED', '1') != '0'
 _has_triton = importlib.util.find_spec('triton') is not None
-_interpreter = os.environ.get('TRITON_INTERPRET', '0') == '1'  # Triton's own switch: kernels run on CPU tensors
+_interpreter = os.environ.get('TRITON_INTERPRET', '0') == '1'  # Triton's own variable: kernels run on CPU tensors
 
 
 def set_fused(enable: bool = True) -> None:
     """Turn the fused kernels of layer attention on or off, for all models of this process.
 
-    They are on by default, and off if the environment variable TIMM_MRLA_FUSED is 0. Compiled models compile again.
+    They are on by default; the environment variable TIMM_MRLA_FUSED=0 turns them off. Compiled models compile again.
     """
     global _enabled
     _enabled = enable
 
 
 def _device(x: torch.Tensor) -> str:
-    """Why the kernels cannot run where x is; empty if they can."""
+    """Why the kernels cannot run on the device of x; empty if they can."""
     if not _enabled:
         return 'the kernels are turned off, by TIMM_MRLA_FUSED=0 or timm_mrla.set_fused(False)'
     if not (x.is_cuda or _interpreter):
@@ -52,14 +52,14 @@ def _device(x: torch.Tensor) -> str:
 
 
 def _tracer(x: torch.Tensor) -> str:
-    """Which tracer or transform looks at each operation; empty if none does."""
-    if torch.compiler._is_exporting_flag:  # of which to_map says why
+    """Which active tracer, transform or mode must see each operation; empty if none."""
+    if torch.compiler._is_exporting_flag:  # for this flag, see to_map in layers/layout.py
         return 'the model is exported'
     if torch.compiler.is_compiling():
         return ''
     if torch.jit.is_tracing():
         return 'the model is traced'
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # no public way to ask
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # there is no public function for this
         return 'a transform of torch.func is active'
     if torch.autograd.forward_ad._current_level >= 0:
         return 'forward-mode differentiation is active'
@@ -69,7 +69,7 @@ def _tracer(x: torch.Tensor) -> str:
 
 
 def _tensors(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str:
-    """What is wrong with the map x of a layer, whose value has a weight; empty if nothing is."""
+    """Why the kernels cannot read the map x or the layer's parameters; empty if they can. weight: of the value."""
     if any(type(p) not in (nn.Parameter, torch.Tensor) for p in layer.parameters()):
         return 'its weights are tensors of another class, such as DTensor'
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -84,7 +84,7 @@ def _tensors(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str:
 
 
 def _shortcut(layer: nn.Module, x: torch.Tensor, o: torch.Tensor) -> str:
-    """What is wrong with the maps x and o of MRLA-light; empty if nothing is."""
+    """Why the kernels cannot read the maps x and o of MRLA-light; empty if they can."""
     if o.dtype != x.dtype or o.shape != x.shape:
         return f'its maps differ: {x.dtype} {[*x.shape]} and {o.dtype} {[*o.shape]}'
     memory = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
@@ -94,13 +94,13 @@ def _shortcut(layer: nn.Module, x: torch.Tensor, o: torch.Tensor) -> str:
 
 
 def value_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of a convolution of a map."""
+    """The dtype in which a convolution returns a map, which autocast may change."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _memory(layer: nn.Module, x: torch.Tensor, memory: Memory) -> str:
-    """What is wrong with the map x and the memory of MRLA-base; empty if nothing is."""
+    """Why the kernels cannot read the map x and the memory of MRLA-base; empty if they can."""
     format = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
     if not x.is_contiguous(memory_format=format):
         return f'its map is not contiguous in {"channels_last" if layer.layout == "NCHW" else layer.layout}'
@@ -114,7 +114,7 @@ def _memory(layer: nn.Module, x: torch.Tensor, memory: Memory) -> str:
 
 
 def _children(layer: nn.Module) -> str:
-    """Which child of a layer somebody has changed or looks at; empty if none."""
+    """Which submodule of a layer was replaced or has a hook; empty if none."""
     if nn.modules.module._has_any_global_hook():
         return 'a hook on all modules is registered'
     for name, child in layer.named_modules():
@@ -129,7 +129,7 @@ def _children(layer: nn.Module) -> str:
 
 
 def _is_batch_norm(norm: nn.Module) -> bool:
-    """Whether a norm is a batch norm and nothing else."""
+    """Whether a norm is a plain batch norm, without activation or dropout."""
     if type(norm) is BatchNormAct2d:
         return type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
     return type(norm) is nn.BatchNorm2d
@@ -140,7 +140,7 @@ def is_rms_norm(norm: nn.Module) -> bool:
 
 
 def _norms(layer: nn.Module, x: torch.Tensor) -> str:
-    """Which norm of the form `pre` the kernels do not compute; empty if none."""
+    """Which norm of the form `pre` the kernels cannot compute; empty if none."""
     for name, norm in (('norm_x', layer.norm_x), ('norm_o', getattr(layer, 'norm_o', nn.Identity()))):
         if name == 'norm_o' and type(norm) is nn.Identity:
             continue
@@ -158,7 +158,7 @@ def _norms(layer: nn.Module, x: torch.Tensor) -> str:
 
 
 def _parts(layer: nn.Module, x: torch.Tensor) -> str:
-    """What of a layer the kernels do not compute; empty if nothing."""
+    """Which part of a layer the kernels cannot compute; empty if none."""
     v, norm = layer.v, layer.norm
     if type(v) is not nn.Conv2d or v.bias is not None or v.padding_mode != 'zeros':
         return f'v is {v}'
@@ -176,7 +176,7 @@ def _parts(layer: nn.Module, x: torch.Tensor) -> str:
 
 
 def _activations(layer: nn.Module) -> str:
-    """Which activation or norm of a layer's own kind the kernels do not compute; empty if none."""
+    """Which activation, or norm of the value, the kernels cannot compute; empty if none."""
     if isinstance(layer, MrlaBase):
         return '' if type(layer.act) is (nn.ReLU if layer.form == 'post' else nn.Identity) else f'act is {layer.act}'
     if type(layer.norm_v) is not nn.Identity:
@@ -186,7 +186,7 @@ def _activations(layer: nn.Module) -> str:
 
 
 def _folded(layer: nn.Module) -> str:
-    """What of a folded layer the kernels do not compute; empty if nothing."""
+    """Which part of a folded layer the kernels cannot compute; empty if none."""
     if layer.layout == 'NLC':
         return 'it is of the form post on tokens'
     if isinstance(layer, InferenceBase):
@@ -196,7 +196,7 @@ def _folded(layer: nn.Module) -> str:
 
 
 def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (), feat_size: Grid = None) -> str:
-    """Why layer attention does not run in the kernels, in one sentence; empty if it does.
+    """Say in one sentence why a layer does not run in the kernels; empty if it does.
 
     other is the shortcut of MRLA-light, or the memory of MRLA-base.
     """
@@ -217,18 +217,18 @@ def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (),
     return why or _trial(is_light, form, x.device, x.dtype, len(weight), layer.attn.num_heads)
 
 
-@torch.compiler.assume_constant_result  # dynamo calls it, rather than trace it
+@torch.compiler.assume_constant_result  # torch.compile calls this function instead of tracing it
 def _trial(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
     """Why Triton cannot run the kernels here; empty if it can.
 
-    So a kernel that does not compile or launch on a GPU stops nobody's training, and is reported once.
+    A kernel that does not compile or launch must not stop training: a warning says so once, and the plain layer runs.
     """
     return _try(light, form, device, dtype, dim, heads)
 
 
 @functools.cache
 def _try(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
-    """A small run, forward and backward."""
+    """Run the kernels once on a small map, forward and backward; return the error as a reason."""
     x = torch.ones(1, dim, 2, 2, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     qk, w, lam = (torch.ones(*shape, device=device) for shape in ((2, 3), (9, dim), (dim,)))
     try:
@@ -252,7 +252,7 @@ def _try(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: 
                 light_pre(x, x, (2, 2), qk, w, lam, *norms)[0].sum().backward()
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # whatever Triton, its compiler and the driver raise
+    except Exception as e:  # any error of Triton, its compiler or the driver
         why = f'Triton cannot run the kernels here: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
         _logger.warning(f'layer attention runs without its fused kernels, {why}')
         return why
