@@ -191,6 +191,7 @@ def _apply(
     else:
         m = load(m_ptr + b * L * C, at, mask)
     if scale_ptr is not None:
+        m = m.to(v_ptr.dtype.element_ty).to(tl.float32)  # as in backward, or the ReLU's mask could differ
         m = load_channels(scale_ptr, ch, C) * m + load_channels(bias_ptr, ch, C)
         m = tl.where(m < 0, 0.0, m)
     if s_ptr is not None:
