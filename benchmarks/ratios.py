@@ -1,6 +1,6 @@
 """Draws the results of throughput.py as bars: time relative to timm's plain backbone, which is at 1.
 
-python benchmarks/ratios.py benchmarks/results/cost-cpu.json --out .github/costs.png
+python benchmarks/ratios.py benchmarks/results/costs/cpu.json --out .github/costs.png
 """
 
 import argparse
