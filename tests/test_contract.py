@@ -128,7 +128,7 @@ def test_attached_it_computes_what_it_did_and_can_learn(case):
     out, intermediates = model.train().forward_intermediates(images(case))
     (model.forward_head(out).square().sum() + sum(y.square().mean() for y in intermediates)).backward()
     for name, layer in layer_attentions(model).items():
-        assert all(gate.grad.any() for gate in layer.gates()), name
+        assert all(scale.grad.any() for scale in layer.output_scales()), name
 
 
 @every_module

@@ -134,8 +134,8 @@ def test_layer_attention_at_the_identity_is_the_plain_backbone_and_torchvisions(
     assert not rest.unexpected_keys
     assert all('.mrla.' in name for name in rest.missing_keys)
     for layer in layer_attentions(ours).values():
-        for gate in layer.gates():
-            nn.init.zeros_(gate)
+        for scale in layer.output_scales():
+            nn.init.zeros_(scale)
     assert_same(ours, plain)
     nn.init.ones_(ours.backbone.body.layer4[2].mrla.norm.weight)
     with pytest.raises(AssertionError):
@@ -226,7 +226,7 @@ def test_a_warm_start_can_learn(hub):
     sum(losses(model).values()).backward()
     for name, layer in layer_attentions(model).items():
         frozen = name.startswith('backbone.body.layer1')
-        assert all(gate.grad is None if frozen else gate.grad.any() for gate in layer.gates())
+        assert all(scale.grad is None if frozen else scale.grad.any() for scale in layer.output_scales())
 
 
 def test_forms_of_weights_backbone(hub, tmp_path):

@@ -502,8 +502,8 @@ def big(name, batch=16):
     torch.manual_seed(0)
     model = timm.create_model(name, mrla_identity=name.endswith('_mrla')).cuda().to(**CHANNELS_LAST)
     for layer in layer_attentions(model).values():
-        for gate in layer.gates():
-            nn.init.normal_(gate, std=0.1)
+        for scale in layer.output_scales():
+            nn.init.normal_(scale, std=0.1)
     x = torch.randn(batch, *model.pretrained_cfg['input_size'], device='cuda').contiguous(**CHANNELS_LAST)
     return model, x
 

@@ -512,7 +512,7 @@ def test_from_scratch_it_can_begin_as_its_backbone(name):
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(x), plain(x))
     model(x).square().sum().backward()
-    assert all(gate.grad.any() for layer in layer_attentions(model).values() for gate in layer.gates())
+    assert all(scale.grad.any() for layer in layer_attentions(model).values() for scale in layer.output_scales())
 
 
 @every

@@ -138,7 +138,7 @@ def test_commands_are_accepted(page, command, monkeypatch):
 
 
 def test_code_of_the_benchmarks(tmp_path, monkeypatch):
-    """Its Python block prints the gates of a checkpoint."""
+    """Its Python block prints the output scales of a checkpoint."""
     monkeypatch.chdir(tmp_path)
     (source,) = code(LINKED['benchmarks/README.md'])
     path = re.search(r"'(.*\.pth\.tar)'", source)[1]

@@ -58,7 +58,7 @@ def warm(name, **kwargs):
 
 @every
 def test_it_computes_what_the_backbone_computes(name, hub):
-    """Bit-identical in eval and train mode, also with batch norms; the gates get gradients."""
+    """Bit-identical in eval and train mode, also with batch norms; the output scales get gradients."""
     plain, model = add_backbone(hub, name), warm(name)
     size = 224 if name.startswith('deit') else 64
     x = torch.randn(2, 3, size, size)
@@ -72,7 +72,7 @@ def test_it_computes_what_the_backbone_computes(name, hub):
     layers = [*layer_attentions(model).values()]
     # a DeiT's head reads no patch tokens, so the lam of the last block never gets a gradient
     dead = layers[-1].lam if name.startswith('deit') and hasattr(layers[-1], 'lam') else None
-    assert all(gate.grad.any() for layer in layers for gate in layer.gates() if gate is not dead)
+    assert all(scale.grad.any() for layer in layers for scale in layer.output_scales() if scale is not dead)
 
 
 @every

@@ -87,7 +87,7 @@ class _LayerAttention(nn.Module):
         """The arguments that `print(model)` shows."""
         return f'form={self.form}, layout={self.layout}, heads={self.attn.num_heads}'
 
-    def gates(self) -> list[nn.Parameter]:
+    def output_scales(self) -> list[nn.Parameter]:
         """The parameters that make the layer add exactly zero if they are zero, and that then still get gradients."""
         return [*self.norm.parameters(), *self.norm_x.parameters()]
 
@@ -117,9 +117,9 @@ class MrlaLight(_LayerAttention):
         """Draw lam from N(0, 1), as the paper's code does."""
         nn.init.normal_(self.lam)
 
-    def gates(self) -> list[nn.Parameter]:
+    def output_scales(self) -> list[nn.Parameter]:
         """As in the base class, plus lam in the form `pre`, because no norm follows lam * o there."""
-        return [*super().gates(), *([self.lam] if self.form == 'pre' else [])]
+        return [*super().output_scales(), *([self.lam] if self.form == 'pre' else [])]
 
     def branch(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
         """The residual branch before drop_path, of the shape of x."""

@@ -18,7 +18,7 @@ from timm import layers
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
-from timm_mrla.models._weights import zero_gates
+from timm_mrla.models._weights import zero_output_scales
 
 # norms over the last dimension -> the same norms for maps [B, C, H, W]
 _NORMS_2D = {
@@ -266,7 +266,7 @@ def graft(
     for owner, host in hosts.items():
         host.convert(owner, **host_args)
     if identity:
-        zero_gates(model)
+        zero_output_scales(model)
     if host_args and not hosts:
         raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')
     return blocks

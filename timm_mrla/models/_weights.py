@@ -75,13 +75,13 @@ def _group_matcher(groups: dict[bool, dict[str, Any]], coarse: bool = False) -> 
     return {name: _exclude_mrla(spec) for name, spec in groups[bool(coarse)].items()}
 
 
-def zero_gates(model: nn.Module) -> None:
+def zero_output_scales(model: nn.Module) -> None:
     """Make layer attention add exactly nothing until it is trained, and give it the head's rate under layer decay."""
     for layer in layer_attentions(model).values():
         if isinstance(getattr(layer, 'act', None), nn.ReLU):
             raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
-        for gate in layer.gates():
-            nn.init.zeros_(gate)
+        for scale in layer.output_scales():
+            nn.init.zeros_(scale)
     if hasattr(model, 'group_matcher'):  # a bound method would make a cycle, which keeps the model alive
         groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
         model.group_matcher = partial(_group_matcher, groups)
@@ -90,7 +90,7 @@ def zero_gates(model: nn.Module) -> None:
 def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
     """Complete the state dict of a warm start, and raise RuntimeError if a name or a shape differs from the model.
 
-    A warm start loads the plain backbone: layer attention keeps its initial values, and its gates become zero. Nothing
+    A warm start loads the plain backbone: layer attention keeps its initial values, and its output scales become zero. Nothing
     is added to a state dict that has some layer attention, or that comes from a repository or folder of this model.
 
     The classifier and the first convolution may differ, because timm adapts them. If strict is False, names of the
@@ -102,7 +102,7 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
         state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
     warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
     if warm:
-        zero_gates(model)
+        zero_output_scales(model)
         state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if '.mrla.' in k}}
 
     adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]
@@ -123,6 +123,8 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
     ]
     if problems:
         hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
+        if len(problems) == 1 and missing and all('.mrla.' in name for name in missing):
+            hint = "; to start from a plain backbone's weights, add the tag of a warm start to the model's name"
         raise RuntimeError('; '.join(problems) + hint)
     if warm:
         _logger.warning(
