@@ -115,7 +115,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(convert):
     assert 'lacks layer1.2.conv1.weight' in message
     message = convert('deit64.pth', '--model', 'deit_tiny_mrla', '--out', 'out', '--model-kwargs', 'img_size=224')
     assert 'pos_embed is (1, 17, 192) and not (1, 197, 192); give the img_size' in message
-    assert 'lacks layer1.0.mrla.lam' in convert('plain.pth', '--model', 'resnet18_mrla', '--out', 'out')
+    message = convert('plain.pth', '--model', 'resnet18_mrla', '--out', 'out')
+    assert 'lacks layer1.0.mrla.lam' in message and 'add the tag of a warm start' in message
     warm = 'resnet18_mrla.warmstart_a1_in1k'
     assert 'train it first' in convert('plain.pth', '--model', warm, '--out', 'out')
 

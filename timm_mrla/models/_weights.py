@@ -123,8 +123,8 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
     ]
     if problems:
         hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
-        if len(problems) == 1 and missing and all('.mrla.' in name for name in missing):
-            hint = "; to start from a plain backbone's weights, add the tag of a warm start to the model's name"
+        if len(problems) == 1 and {*missing} == {name for name in ours if '.mrla.' in name}:
+            hint = "; if these are the plain backbone's weights, add the tag of a warm start to the model's name"
         raise RuntimeError('; '.join(problems) + hint)
     if warm:
         _logger.warning(
