@@ -84,7 +84,9 @@ def freeze_norms(body: nn.Module) -> None:
 
     After a warm start these norms have zero weights: frozen, layer attention would never add anything.
     """
-    untrained = [layer for layer in layer_attentions(body).values() if not any(scale.any() for scale in layer.output_scales())]
+    untrained = [
+        layer for layer in layer_attentions(body).values() if not any(scale.any() for scale in layer.output_scales())
+    ]
     freeze_batch_norm_2d(body)
     for layer in untrained:
         unfreeze_batch_norm_2d(layer)

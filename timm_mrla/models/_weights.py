@@ -90,8 +90,9 @@ def zero_output_scales(model: nn.Module) -> None:
 def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
     """Complete the state dict of a warm start, and raise RuntimeError if a name or a shape differs from the model.
 
-    A warm start loads the plain backbone: layer attention keeps its initial values, and its output scales become zero. Nothing
-    is added to a state dict that has some layer attention, or that comes from a repository or folder of this model.
+    A warm start loads the plain backbone: layer attention keeps its initial values, and its output scales become zero.
+    Nothing is added to a state dict that has some layer attention, or that comes from a repository or folder of this
+    model.
 
     The classifier and the first convolution may differ, because timm adapts them. If strict is False, names of the
     backbone may be missing or too many, because timm has such weights.
