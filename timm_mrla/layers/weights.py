@@ -38,9 +38,12 @@ class _Weights(nn.Module):
         # sum, not mean, because its gradient is a view and not a map; float32, because float16 overflows on large maps
         y = x.sum((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) / (x.shape[2] * x.shape[3])
         y, B = y.to(x.dtype), x.shape[0]
-        if not (isinstance(B, torch.fx.Proxy) or torch.jit.is_tracing()) and B == 0:
+        is_empty = not (isinstance(B, torch.fx.Proxy) or torch.jit.is_tracing()) and B == 0
+        if is_empty:
             y = F.pad(y, (0, 0, 0, 1))  # torch refuses an image of height 0
-        qk = self.qk(y[None, None]).unflatten(-1, (self.num_heads, dim // self.num_heads))[0, :, :B]
+        qk = self.qk(y[None, None]).unflatten(-1, (self.num_heads, dim // self.num_heads))[0]
+        if is_empty:
+            qk = qk[:, :0]
         return qk[0] * (dim // self.num_heads) ** -0.5, qk[1]
 
     def per_channel(self, weights: torch.Tensor, dim: int) -> torch.Tensor:
