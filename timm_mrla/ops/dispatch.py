@@ -56,25 +56,35 @@ def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tenso
     return out
 
 
-def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
+def _to_tokens(layer: nn.Module, x: torch.Tensor, feat_size: Grid) -> tuple[torch.Tensor, list[int]]:
+    """Return x as tokens [B, P + H * W, C], and their grid [H, W]."""
+    if layer.layout == 'NLC':
+        return x, [*feat_size]
     if layer.layout == 'NCHW':
-        x, o = x.permute(0, 2, 3, 1), o.permute(0, 2, 3, 1)
-    grid = feat_size if layer.layout == 'NLC' else x.shape[1:3]
-    if layer.layout != 'NLC':
-        x, o = x.flatten(1, 2), o.flatten(1, 2)
-    dtype = gradient_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # on a GPU, autocast runs layer norms in float32
-        dtype = torch.float32 if x.is_cuda else x.dtype
-        gradient_dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.permute(0, 2, 3, 1)
+    return x.flatten(1, 2), [*x.shape[1:3]]
+
+
+def _from_tokens(layer: nn.Module, x: torch.Tensor, grid: list[int]) -> torch.Tensor:
+    """Return tokens in the layout of a layer."""
+    if layer.layout == 'NLC':
+        return x
+    x = x.unflatten(1, grid)
+    return x.permute(0, 3, 1, 2) if layer.layout == 'NCHW' else x
+
+
+def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
+    x, grid = _to_tokens(layer, x, feat_size)
+    o, _ = _to_tokens(layer, o, feat_size)
+    # on a GPU, autocast runs layer norms in float32
+    dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled(x.device.type) else x.dtype
     norm = layer.norm_x
     vectors = [getattr(n, name, None) for n in (norm, layer.norm_o) for name in ('weight', 'bias')]
     out = light_pre(
         *(x, o, grid, _qk(layer), _taps(layer.v.weight), layer.lam, *vectors, _scale(layer, x)),
-        *(layer.attn.num_heads, norm.eps, is_rms_norm(norm), dtype, gradient_dtype),
+        *(layer.attn.num_heads, norm.eps, is_rms_norm(norm), dtype, value_dtype(x)),
     )[0]
-    if layer.layout != 'NLC':
-        out = out.unflatten(1, grid)
-    return out.permute(0, 3, 1, 2) if layer.layout == 'NCHW' else out
+    return _from_tokens(layer, out, grid)
 
 
 def _run_folded(layer: InferenceLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
@@ -84,11 +94,7 @@ def _run_folded(layer: InferenceLight, x: torch.Tensor, o: torch.Tensor) -> torc
 def _run_base(
     layer: MrlaBase | InferenceBase, x: torch.Tensor, memory: Memory, feat_size: Grid
 ) -> tuple[torch.Tensor, Memory]:
-    if layer.layout == 'NCHW':
-        x = x.permute(0, 2, 3, 1)
-    grid = [*(feat_size if layer.layout == 'NLC' else x.shape[1:3])]
-    if layer.layout != 'NLC':
-        x = x.flatten(1, 2)
+    x, grid = _to_tokens(layer, x, feat_size)
     heads, dtype = layer.attn.num_heads, x.dtype
     keys = [key.float().flatten(1).contiguous() for key in memory[::2]]
     args = (x, keys, [*memory[1::2]], grid, _qk(layer), _taps(layer.v.weight))
@@ -106,11 +112,7 @@ def _run_base(
         )
         if is_post:
             _update_statistics(norm, channels[2], channels[4])
-    if layer.layout != 'NLC':
-        out = out.unflatten(1, grid)
-    if layer.layout == 'NCHW':
-        out = out.permute(0, 3, 1, 2)
-    return out, (*memory, k.unflatten(1, (heads, -1)), v)
+    return _from_tokens(layer, out, grid), (*memory, k.unflatten(1, (heads, -1)), v)
 
 
 def fused(

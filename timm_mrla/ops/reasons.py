@@ -83,14 +83,19 @@ def _tensors(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str:
     return ''
 
 
+def _strides(layer: nn.Module, *maps: torch.Tensor) -> str:
+    """Why the kernels cannot read maps by the strides that they have; empty if they can."""
+    memory = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
+    if not all(x.is_contiguous(memory_format=memory) for x in maps):
+        return f'its maps are not contiguous in {"channels_last" if layer.layout == "NCHW" else layer.layout}'
+    return ''
+
+
 def _shortcut(layer: nn.Module, x: torch.Tensor, o: torch.Tensor) -> str:
     """Why the kernels cannot read the maps x and o of MRLA-light; empty if they can."""
     if o.dtype != x.dtype or o.shape != x.shape:
         return f'its maps differ: {x.dtype} {[*x.shape]} and {o.dtype} {[*o.shape]}'
-    memory = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
-    if not (x.is_contiguous(memory_format=memory) and o.is_contiguous(memory_format=memory)):
-        return f'its maps are not contiguous in {"channels_last" if layer.layout == "NCHW" else layer.layout}'
-    return ''
+    return _strides(layer, x, o)
 
 
 def value_dtype(x: torch.Tensor) -> torch.dtype:
@@ -101,9 +106,8 @@ def value_dtype(x: torch.Tensor) -> torch.dtype:
 
 def _memory(layer: nn.Module, x: torch.Tensor, memory: Memory) -> str:
     """Why the kernels cannot read the map x and the memory of MRLA-base; empty if they can."""
-    format = torch.channels_last if layer.layout == 'NCHW' else torch.contiguous_format
-    if not x.is_contiguous(memory_format=format):
-        return f'its map is not contiguous in {"channels_last" if layer.layout == "NCHW" else layer.layout}'
+    if why := _strides(layer, x):
+        return why
     dtype = value_dtype(x)
     for key, value in zip(memory[::2], memory[1::2], strict=True):
         if type(key) is not torch.Tensor or type(value) is not torch.Tensor:
@@ -157,11 +161,16 @@ def _norms(layer: nn.Module, x: torch.Tensor) -> str:
     return ''
 
 
+def _value(v: nn.Module) -> str:
+    """Why the kernels cannot compute the convolution to the value; empty if they can."""
+    return '' if type(v) is nn.Conv2d and v.bias is None and v.padding_mode == 'zeros' else f'v is {v}'
+
+
 def _parts(layer: nn.Module, x: torch.Tensor) -> str:
     """Which part of a layer the kernels cannot compute; empty if none."""
-    v, norm = layer.v, layer.norm
-    if type(v) is not nn.Conv2d or v.bias is not None or v.padding_mode != 'zeros':
-        return f'v is {v}'
+    norm = layer.norm
+    if why := _value(layer.v):
+        return why
     if type(layer.drop_path) not in (nn.Identity, DropPath):
         return f'drop_path is {type(layer.drop_path).__name__}'
     if layer.form == 'pre':
@@ -190,8 +199,7 @@ def _folded(layer: nn.Module) -> str:
     if layer.layout == 'NLC':
         return 'it is of the form post on tokens'
     if isinstance(layer, InferenceBase):
-        v = layer.v
-        return '' if type(v) is nn.Conv2d and v.bias is None and v.padding_mode == 'zeros' else f'v is {v}'
+        return _value(layer.v)
     return '' if layer.bias_v is None else 'the norm of its value is folded too'
 
 
