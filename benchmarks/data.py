@@ -2,11 +2,12 @@
 
     python benchmarks/data.py elpv FOLDER           # pip install -e '.[benchmarks]'
     python benchmarks/data.py fashion-mnist FOLDER  # apt-get install dataset-fashion-mnist
+    python benchmarks/data.py fashion-mnist-20k FOLDER
     python benchmarks/data.py lite0 FILE.pth        # pip install -e '.[benchmarks]'
 
 * ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
   BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.
-* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT.
+* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT; or a third of its training images.
 * EfficientNet-Lite0, trained on ImageNet, with the parameter names of timm's `tf_efficientnet_lite0`.
 
 A folder has `train` and `test`. `train` consists of `train/fit` and `train/tune`, for the choice of learning rates.
@@ -14,6 +15,7 @@ A folder has `train` and `test`. `train` consists of `train/fit` and `train/tune
 
 import argparse
 import gzip
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,8 @@ from timm_mrla.checks import check_new_folder
 Images = tuple[np.ndarray, np.ndarray]  # images [N, H, W] and the names of their classes [N]
 
 
-def split(images: Images, test_size: float) -> tuple[Images, Images]:
-    """Split images into two parts, with the same proportions of the classes."""
+def split(images: Images, test_size: float | int) -> tuple[Images, Images]:
+    """Split images into two parts of the same proportions of classes; `test_size` is a share or a number of images."""
     x, x_test, y, y_test = train_test_split(*images, test_size=test_size, stratify=images[1], random_state=0)
     return (x, y), (x_test, y_test)
 
@@ -54,8 +56,8 @@ def elpv(out: Path) -> None:
     write(*split((images, labels), 0.25), out)
 
 
-def fashion_mnist(out: Path) -> None:
-    """Write Fashion-MNIST: 60,000 images for training and 10,000 for testing, split by its authors."""
+def fashion_mnist(out: Path, train_size: int = 60_000) -> None:
+    """Write Fashion-MNIST: all or some of its 60,000 training images, and the 10,000 for testing."""
 
     def read(name: str, offset: int) -> np.ndarray:
         with gzip.open(f'/usr/share/datasets/fashion-mnist/{name}-ubyte.gz') as f:
@@ -64,7 +66,10 @@ def fashion_mnist(out: Path) -> None:
     def part(name: str) -> Images:
         return read(f'{name}-images-idx3', 16).reshape(-1, 28, 28), read(f'{name}-labels-idx1', 8).astype(str)
 
-    write(part('train'), part('t10k'), out)
+    train = part('train')
+    if train_size < 60_000:
+        train, _ = split(train, 60_000 - train_size)
+    write(train, part('t10k'), out)
 
 
 def lite0(out: Path) -> None:
@@ -80,7 +85,12 @@ def lite0(out: Path) -> None:
 def main() -> None:
     """Write the data set or the weights of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sources = {'elpv': elpv, 'fashion-mnist': fashion_mnist, 'lite0': lite0}
+    sources = {
+        'elpv': elpv,
+        'fashion-mnist': fashion_mnist,
+        'fashion-mnist-20k': partial(fashion_mnist, train_size=20_000),
+        'lite0': lite0,
+    }
     parser.add_argument('source', choices=sources)
     parser.add_argument('out', type=Path, help='folder or file to write')
     args = parser.parse_args()

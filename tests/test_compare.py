@@ -23,6 +23,7 @@ from test_scripts import pytestmark as needs_scripts
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 from timm_mrla.cli import main
+from timm_mrla.compare.arms import Arm, plain_and_ours
 from timm_mrla.compare.paired_statistics import conclusion, interval
 from timm_mrla.compare.report import report
 
@@ -85,6 +86,10 @@ def refusal(args, monkeypatch, capsys):
         (['train.py', '--model', 'resnet18'], "'resnet18' has no plain backbone"),
         (['train.py', '--model', 'resnet18_mrla.warmstart_nobody'], "no warm start 'warmstart_nobody'"),
         (['train.py', '--model', 'resnet18_mrlab.warmstart_a1_in1k'], "no warm start 'warmstart_a1_in1k'"),
+        (
+            ['train.py', '--model', 'resnet18_mrla+mrla_identity'],
+            "'mrla_identity' in 'resnet18_mrla+mrla_identity' is no",
+        ),
         (['train.py', '--model', 'resnet18_mrla', '--seeds', '1'], '--seeds 1 is less than 2'),
         (['train.py', '--model', 'resnet18_mrla', '--jobs', '-1'], '--jobs -1 is less than 1'),
         (['train.py', '--model', 'resnet18_mrla', '--metric', 'auc'], "no metric 'auc'"),
@@ -150,6 +155,25 @@ def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkey
     assert sorted(tmp_path.rglob('*')) == before
 
 
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'plain', 'ours'),
+    [
+        ('resnet18_mrla', ['stem_width=4'], Arm('resnet18'), Arm('resnet18_mrla')),
+        ('resnet18_mrlab', [], Arm('resnet18', ('stem_type=deep', 'stem_width=32')), Arm('resnet18_mrlab')),
+        ('resnet18_mrlab', ['stem_type=deep', 'stem_width=4'], Arm('resnet18'), Arm('resnet18_mrlab')),
+        (
+            'resnet18_mrlab+stem_width=4+mrla_recompute=True',
+            ['layers=(6,6,6,6)'],
+            Arm('resnet18', ('stem_type=deep', 'stem_width=4')),
+            Arm('resnet18_mrlab', ('stem_width=4', 'mrla_recompute=True')),
+        ),
+    ],
+)
+def test_arguments_of_both_arms(name, kwargs, plain, ours):
+    """The user's arguments replace those of an entry, and the plain arm gets all but those of layer attention."""
+    assert plain_and_ours(name, kwargs) == (plain, ours)
+
+
 @pytest.mark.parametrize('module', ['scipy', 'matplotlib'])
 def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     ours = ('timm_mrla.cli.compare', 'timm_mrla.compare')
@@ -169,7 +193,9 @@ def test_what_is_reported_is_what_was_measured(path):
     assert ' '.join(report(results).partition('\n\n')[0].split()) in text
     for row in results['comparisons']:
         last = {
-            arm: {seed: [*run['curve'].values()][-1] for seed, run in results['arms'][arm]['runs'].items()}
+            arm: {
+                seed: [*run['curves']['eval_top1'].values()][-1] for seed, run in results['arms'][arm]['runs'].items()
+            }
             for arm in (row['model'], row['plain'])
         }
         assert len(row['seeds']) == len(last[row['model']]) == len(last[row['plain']])
@@ -258,7 +284,11 @@ class TestRuns:
             assert arm['peak_memory_mib'] > 100
             losses = [last(out / 'runs' / name / str(seed)) for seed in range(2)]
             assert arm['loss'] == pytest.approx(interval(losses)._asdict())
-            assert [len(run['curve']) for run in arm['runs'].values()] == [2, 2]
+            for seed, run_result in arm['runs'].items():
+                curves, folder = run_result['curves'], out / 'runs' / name / seed
+                assert [*curves] == ['train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+                assert [len(curve) for curve in curves.values()] == [2] * 5
+                assert {column: curve['1'] for column, curve in curves.items()} == {c: last(folder, c) for c in curves}
 
         for model, plain in zip(models, ['resnet18', deep], strict=True):
             ours, theirs = ([last(out / 'runs' / arm / str(seed)) for seed in range(2)] for arm in (model, plain))
@@ -287,6 +317,25 @@ class TestRuns:
         )
         with FileLock(out / '.lock'):
             assert 'being worked on' in run(out, models, *args, code=2).stderr
+
+    def test_a_deep_and_thin_network(self, images, tmp_path):
+        """Depth, width and stem are for all arms, so that light, base and light as the identity have one backbone."""
+        out, identity = tmp_path / 'out', 'resnet18_mrla+mrla_identity=True'
+        models = ['resnet18_mrla', identity, 'resnet18_mrlab']
+        size = {'layers': (3, 3, 3, 3), 'channels': (8, 16, 32, 64), 'stem_type': 'deep', 'stem_width': 4}
+        kwargs = [f'{key}={value}'.replace(' ', '') for key, value in size.items()]
+        run(out, models, '--data-dir', images, '--epochs', 1, '--model-kwargs', *kwargs)
+        results = json.loads((out / 'results.json').read_text())
+        assert [*results['arms']] == ['resnet18', *models]
+        assert [row['plain'] for row in results['comparisons']] == ['resnet18'] * 3
+        for name, arm in results['arms'].items():
+            model = timm.create_model(name.partition('+')[0], num_classes=2, **size)
+            assert arm['parameters'] == sum(p.numel() for p in model.parameters())
+            assert set(arm['runs']) == {'0', '1'}
+        # the output scales of the identity begin at zero, those of the paper at one
+        for name, at_most in (('resnet18_mrla', False), (identity, True)):
+            saved = torch.load(out / 'runs' / name / '0' / 'last.pth.tar', weights_only=False)['state_dict']
+            assert (saved['layer1.0.mrla.norm.weight'].abs().max() < 0.1) == at_most
 
     def test_a_configuration_file(self, images, tmp_path):
         """All arms use its values, according to the args.yaml of train.py."""
@@ -348,7 +397,7 @@ class TestRuns:
         assert 'Loaded checkpoint' in log[len(before) :]
         assert log.count('Train: 0 [') == before.count('Train: 0 [') == 4
         results = json.loads((out / 'results.json').read_text())
-        assert [[*run['curve']] for run in results['arms']['resnet18_mrla']['runs'].values()] == [
+        assert [[*run['curves']['eval_top1']] for run in results['arms']['resnet18_mrla']['runs'].values()] == [
             [*map(str, range(40))]
         ] * 2
 

@@ -108,7 +108,11 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     comparison.add_argument('script', metavar='TRAIN_PY', help="path of timm's train.py")
     comparison.add_argument(
-        '--model', nargs='+', required=True, metavar='NAME', help='names of models, with or without .warmstart_TAG'
+        '--model',
+        nargs='+',
+        required=True,
+        metavar='NAME',
+        help='names of models, with or without .warmstart_TAG; NAME+KEY=VALUE gives one its own arguments',
     )
     comparison.add_argument(
         '--out', required=True, metavar='DIR', help='folder of the comparison; the same command continues it'

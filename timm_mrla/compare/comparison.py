@@ -61,7 +61,8 @@ def compare(
 
     Args:
         script: Path of timm's train.py.
-        models: Names of models with layer attention, with or without the tag of a warm start.
+        models: Names of models with layer attention, with or without the tag of a warm start; `NAME+KEY=VALUE` gives
+            one of them arguments of its own.
         out: Folder of the comparison. A comparison that was stopped continues.
         train_args: Further arguments of train.py, the same for all models, also in a YAML file (-c). Those among
             --model-kwargs that begin with `mrla_` are left out for the plain backbones.
@@ -86,7 +87,8 @@ def compare(
         raise ValueError(f'--seeds {seeds} is less than 2, and an interval needs two')
     if not devices:
         raise ValueError('there are no devices to run on')
-    args, pairs = parse_train_args(train_args), {model: plain_and_ours(model) for model in models}
+    args = parse_train_args(train_args)
+    pairs = {model: plain_and_ours(model, args.model_kwargs) for model in models}
     path = Path(out)
     config = {'config': Path(args.config).read_text()} if args.config else {}
     _open_folder(path, {'models': models, 'arguments': train_args, **config})

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def plot_comparison(results: dict[str, Any]) -> Figure:
     fig = Figure(figsize=(10, height), dpi=120, layout='constrained')
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     for name, arm in results['arms'].items():
-        curves = [{int(epoch): value for epoch, value in run['curve'].items()} for run in arm['runs'].values()]
+        curves = [run['curves'][f'eval_{metric}'] for run in arm['runs'].values()]
+        curves = [{int(epoch): value for epoch, value in curve.items()} for curve in curves]
         if not curves:
             continue
         epochs = sorted(set.intersection(*map(set, curves)))
@@ -47,7 +49,7 @@ def plot_comparison(results: dict[str, Any]) -> Figure:
         right.errorbar(gap['mean'], y + 0.1, xerr=(gap['high'] - gap['low']) / 2, fmt='D', capsize=4, color=color)
     right.axvline(0, color='darkorange', zorder=0)
     right.set(yticks=range(len(rows)), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
-    right.set_yticklabels([row['model'].replace('.', '\n') for row in rows], fontsize=8)
+    right.set_yticklabels([re.sub('[.+]', '\n', row['model']) for row in rows], fontsize=8)
     right.set_title('differences by seed; mean and 95 % interval', fontsize=10, loc='left')
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     for ax in (left, right):

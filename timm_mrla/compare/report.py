@@ -15,11 +15,12 @@ def summarize(runs: list[Run], pairs: dict[str, tuple[Arm, Arm]], metric: str) -
     failed = [run.name for run in runs if run.progress() < 1]
     for run in runs:
         if run.name not in failed:
-            found[run.arm.name][run.seed] = run.result(f'eval_{metric}')
+            found[run.arm.name][run.seed] = run.result()
     if not any(found.values()):
         raise ValueError(f'no run came to its end; failed: {"; ".join(failed)}')
     last = {
-        arm: {seed: [*run['curve'].values()][-1] for seed, run in by_seed.items()} for arm, by_seed in found.items()
+        arm: {seed: [*run['curves'][f'eval_{metric}'].values()][-1] for seed, run in by_seed.items()}
+        for arm, by_seed in found.items()
     }
 
     comparisons = []

@@ -84,12 +84,14 @@ class Run:
         with open(self.log_path, 'a') as log:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env)
 
-    def result(self, column: str) -> dict[str, Any]:
-        """The metric by epoch, and the cost of the run."""
-        log = self.log()
+    def result(self) -> dict[str, Any]:
+        """The columns of summary.csv by epoch, and the cost of the run."""
+        log, rows = self.log(), sorted(self.rows().items())
         speeds = {epoch: float(speed) for epoch, _, speed in _STEP.findall(log)}
         return {
-            'curve': {epoch: float(row[column]) for epoch, row in sorted(self.rows().items())},
+            'curves': {
+                name: {epoch: float(row[name]) for epoch, row in rows} for name in rows[0][1] if name != 'epoch'
+            },
             'parameters': int(_PARAMETERS.findall(log)[-1]),
             'images_per_second': median(speeds.values()),
             'peak_memory_mib': max(map(int, _MEMORY.findall(log)), default=None),
