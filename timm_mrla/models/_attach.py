@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
+from timm_mrla.models._adapter import freeze_backbone
 from timm_mrla.models._graft import LightBlock, Sites, find_sites, graft
 from timm_mrla.models._registry import BACKBONES
-from timm_mrla.models._weights import drop_weights_description
+from timm_mrla.models._weights import TAG, drop_weights_description
 
 
 def _entry(model: nn.Module) -> str:
@@ -48,7 +49,9 @@ def _wrapper(model: nn.Module) -> str:
     return ''
 
 
-def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity: bool = True) -> nn.Module:
+def attach(
+    model: nn.Module, blocks: str | Iterable[str] | None = None, identity: bool = True, adapter: bool = False
+) -> nn.Module:
     """Add MRLA-light to every supported block of a model of timm's, in place, as its child `mrla`; return the model.
 
     The backbone keeps its parameters, their names, device, dtype, memory format, mode and `requires_grad`. A model that
@@ -63,6 +66,9 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
         identity: Whether the outputs stay bit-identical until you train; the new layers receive gradients from the
             first step. Otherwise layer attention is initialized as for training from scratch.
 
+        adapter: Whether everything but layer attention and the classifier is frozen. Batch norms of the backbone keep
+            their running statistics in training mode then, unless you make their parameters require gradients again.
+
     Raises:
         TypeError: `model` is no model, or a pattern is no string.
         ValueError: The model has layer attention, is wrapped, or has no supported block, or a pattern matches none.
@@ -75,8 +81,12 @@ def attach(model: nn.Module, blocks: str | Iterable[str] | None = None, identity
     patterns = graft(model, LightBlock, backbone, blocks, identity)
     entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
     if entry:
+        tag = model.pretrained_cfg.get('tag')
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': entry}
         drop_weights_description(model)
-        if patterns is not None:  # timm saves these arguments with the model
-            model._model_args = {**getattr(model, '_model_args', {}), 'mrla_blocks': patterns}
-    return model
+        args = {} if patterns is None else {'mrla_blocks': patterns}
+        if adapter:
+            args['mrla_adapter'] = True
+            model.pretrained_cfg['tag'] = f'{TAG}{tag}' if tag else None
+        model._model_args = {**getattr(model, '_model_args', {}), **args}  # timm saves these arguments with the model
+    return freeze_backbone(model) if adapter else model

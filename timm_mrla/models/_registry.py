@@ -16,6 +16,7 @@ from torch import nn
 
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models import _weights as weights
+from timm_mrla.models._adapter import complete, freeze_backbone
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
 from timm_mrla.state_dict import StateDict, convert_state_dict
 
@@ -109,6 +110,16 @@ def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) ->
         del scope['build_model_with_cfg']  # breaks the cycle of scope and functions, which would keep the model alive
 
 
+def _safetensors(cfg: PretrainedCfg) -> PretrainedCfg:
+    """Name the file in a repository: otherwise timm takes a failure of the network for a missing file.
+
+    It would ask for a pickle then.
+    """
+    if cfg.hf_hub_id and not cfg.hf_hub_filename and (cfg.source or cfg.hf_hub_id.startswith('timm/')):
+        return replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
+    return cfg
+
+
 def build(
     stock: Entrypoint,
     entry: str,
@@ -122,15 +133,20 @@ def build(
 ) -> nn.Module:
     """Build a model with layer attention by an entrypoint of timm, and load only weights that fit completely.
 
-    With `mrla_recompute`, backward computes layer attention again instead of keeping its intermediate results. kwargs
-    may have the arguments of `graft`, as `mrla_blocks` and so on. A wrong argument raises TypeError or ValueError, also
-    where timm asserts. Weights that cannot be downloaded or read, or do not fit, raise RuntimeError.
+    With `mrla_recompute`, backward computes layer attention again instead of keeping its intermediate results. With
+    `mrla_adapter`, everything but layer attention and the classifier is frozen. kwargs may have the arguments of
+    `graft`, as `mrla_blocks` and so on. A wrong argument raises TypeError or ValueError, also where timm asserts.
+    Weights that cannot be downloaded or read, or do not fit, raise RuntimeError.
+
+    Where a saved adapter is loaded, an overlay that names weights, such as `file`, names the backbone's.
     """
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
-    cfg = models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay)
-    if cfg.hf_hub_id and not cfg.hf_hub_filename and (cfg.source or cfg.hf_hub_id.startswith('timm/')):
-        # without a name, timm takes any failure of the network for a missing file, and asks for a pickle
-        cfg = replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
+    if is_adapter := bool(choice.pop('adapter', False)):
+        choice.setdefault('identity', True)
+    saved, backbone_overlay = kwargs.get('pretrained_model_args', {}).get('mrla_adapter'), None
+    if isinstance(saved, str) and {*(pretrained_cfg_overlay or {})} & {'file', 'url', 'hf_hub_id'}:
+        pretrained_cfg_overlay, backbone_overlay = None, pretrained_cfg_overlay
+    cfg = _safetensors(models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay))
     built = []
 
     def builder(model_cls, variant, *args, pretrained_filter_fn=None, pretrained_strict=True, pruned=False, **kwargs):
@@ -146,15 +162,25 @@ def build(
             built.append(model)
             return model
 
-        def filters(state_dict: StateDict, model: nn.Module) -> StateDict:
+        def convert(state_dict: StateDict, model: nn.Module) -> StateDict:
             state_dict = convert_state_dict(state_dict)
             if filter_fn:
                 state_dict = filter_fn(state_dict)
             if pretrained_filter_fn:
                 state_dict = weights.apply_filter(pretrained_filter_fn, state_dict, model)
+            return state_dict
+
+        def load(state_dict: StateDict, model: nn.Module) -> StateDict:
+            if isinstance(saved, str):
+                backbone = _safetensors(models.resolve_pretrained_cfg(entry, cfg.tag, backbone_overlay))
+                state_dict = complete(state_dict, model, backbone, saved, convert, pretrained_strict)
+                return weights.fit_state_dict(state_dict, model, cfg)
+            state_dict = convert(state_dict, model)
+            if weights.is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict):
+                return weights.start_untrained(state_dict, model, cfg, pretrained_strict)
             return weights.fit_state_dict(state_dict, model, cfg, pretrained_strict)
 
-        kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=filters, pretrained_strict=pretrained_strict)
+        kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=load, pretrained_strict=pretrained_strict)
         return models.build_model_with_cfg(grafted, variant, pretrained, **kwargs)
 
     try:
@@ -173,4 +199,7 @@ def build(
         raise ValueError(f'{entry} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
     if weights.is_warm_start(cfg):
         weights.drop_weights_description(model)
+    if is_adapter:
+        freeze_backbone(model)
+        model.pretrained_cfg['tag'] = cfg.tag
     return model

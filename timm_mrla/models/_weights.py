@@ -87,12 +87,27 @@ def zero_output_scales(model: nn.Module) -> None:
         model.group_matcher = partial(_group_matcher, groups)
 
 
-def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
-    """Complete the state dict of a warm start, and raise RuntimeError if a name or a shape differs from the model.
+def with_own_layer_attention(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Complete the state dict of a plain backbone with the layer attention that a model has."""
+    return {**state_dict, **{name: tensor for name, tensor in model.state_dict().items() if '.mrla.' in name}}
 
-    A warm start loads the plain backbone: layer attention keeps its initial values, and its output scales become zero.
-    Nothing is added to a state dict that has some layer attention, or that comes from a repository or folder of this
-    model.
+
+def start_untrained(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
+    """Complete the weights of a plain backbone for a warm start: layer attention adds nothing until it is trained.
+
+    Raises as `fit_state_dict` does.
+    """
+    zero_output_scales(model)
+    state_dict = fit_state_dict(with_own_layer_attention(state_dict, model), model, cfg, strict)
+    _logger.warning(
+        f'{cfg.architecture} starts from the plain backbone of {weights_source(cfg)}: its layer attention is '
+        'untrained and adds nothing until you train it.'
+    )
+    return state_dict
+
+
+def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
+    """Return a state dict that fits a model, or raise RuntimeError if a name or a shape differs.
 
     The classifier and the first convolution may differ, because timm adapts them. If strict is False, names of the
     backbone may be missing or too many, because timm has such weights.
@@ -101,11 +116,6 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
         raise RuntimeError('there is no state dict in it')
     if isinstance(getattr(model, 'norm', None), nn.Identity):  # average pooling: the norm comes after it
         state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
-    warm = is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict)
-    if warm:
-        zero_output_scales(model)
-        state_dict = {**state_dict, **{k: v for k, v in model.state_dict().items() if '.mrla.' in k}}
-
     adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.rpartition('.')[0] not in adapted}
@@ -127,9 +137,4 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
         if len(problems) == 1 and {*missing} == {name for name in ours if '.mrla.' in name}:
             hint = "; if these are the plain backbone's weights, add the tag of a warm start to the model's name"
         raise RuntimeError('; '.join(problems) + hint)
-    if warm:
-        _logger.warning(
-            f'{cfg.architecture} starts from the plain backbone of {weights_source(cfg)}: its layer attention is '
-            'untrained and adds nothing until you train it.'
-        )
     return state_dict
