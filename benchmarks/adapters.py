@@ -42,7 +42,7 @@ class Arm(NamedTuple):
     """What an arm trains beside the classifier: the parameters that `add` adds to the model, and those that it has."""
 
     lr: float  # of its own parameters; the classifier's is 1e-3 if there are any
-    epochs: int = 8
+    steps: int = 186  # six epochs
     blocks: list[str] | None = None  # with layer attention
     attention: bool = False
     lora: bool = False
@@ -50,14 +50,14 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    'linear': Arm(lr=3e-3, epochs=30),
-    'mrla': Arm(lr=5e-3, attention=True),
-    'lora': Arm(lr=2e-3, lora=True),
+    'linear': Arm(lr=1e-2, steps=930),
+    'mrla': Arm(lr=1e-2, attention=True),
+    'lora': Arm(lr=5e-3, lora=True),
     'bitfit': Arm(lr=2e-3, trains=lambda name: name.endswith('bias')),
-    'mrla-last-third': Arm(lr=5e-3, attention=True, blocks=[f'blocks.{i}' for i in range(8, 12)]),
+    'mrla-last-third': Arm(lr=1e-2, attention=True, blocks=[f'blocks.{i}' for i in range(8, 12)]),
     'norms': Arm(lr=2e-3, trains=lambda name: '.norm' in name or '.bn' in name or name.startswith(('norm', 'bn'))),
     'full': Arm(lr=1e-4, trains=lambda name: True),
-    'mrla+lora': Arm(lr=2e-3, attention=True, lora=True),
+    'mrla+lora': Arm(lr=5e-3, attention=True, lora=True),
 }
 
 
@@ -71,7 +71,7 @@ def build(backbone: str, weights: str, arm: Arm, num_classes: int, seed: int) ->
     chosen = [p for name, p in model.named_parameters() if p not in head and arm.trains(name)]
     model.requires_grad_(False).eval()
     if arm.attention:
-        timm_mrla.attach(model, arm.blocks)
+        timm_mrla.attach(model, arm.blocks, adapter=True).train()  # in which the backbone's norms stay frozen
     if arm.lora:
         inject_adapter_in_model(LoraConfig(r=4, target_modules=lora_layers), model)
     chosen += [p for p in model.parameters() if p not in plain]
@@ -95,19 +95,19 @@ def train(model: nn.Module, chosen: list[nn.Parameter], arm: Arm, task: Task, se
         x, x_test, net = x.clone(), x_test.clone(), model.get_classifier()
     groups = [{'params': head, 'lr': 1e-3 if chosen else arm.lr, 'weight_decay': 0.01}]
     optimizer = torch.optim.AdamW([*groups, {'params': chosen, 'lr': arm.lr, 'weight_decay': 0.0}])
-    steps = arm.epochs * (len(x) // BATCH)
-    scheduler = CosineLRScheduler(optimizer, steps, warmup_t=steps // 10, t_in_epochs=False)
-    rng, step = torch.Generator().manual_seed(seed), 0
-    for _ in tqdm(range(arm.epochs), leave=False):
-        for batch in torch.randperm(len(x), generator=rng).split(BATCH)[: len(x) // BATCH]:
-            scheduler.step_update(step)
-            with torch.autocast('cpu', torch.bfloat16):
-                out = net(x[batch])
-            loss = F.cross_entropy(out.float(), task.y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
+    scheduler = CosineLRScheduler(optimizer, arm.steps, warmup_t=arm.steps // 10, t_in_epochs=False)
+    rng, batches = torch.Generator().manual_seed(seed), []
+    for step in tqdm(range(arm.steps), leave=False):
+        if not batches:
+            batches = [*torch.randperm(len(x), generator=rng).split(BATCH)[: len(x) // BATCH]]
+        batch = batches.pop()
+        scheduler.step_update(step)
+        with torch.autocast('cpu', torch.bfloat16):
+            out = net(x[batch])
+        loss = F.cross_entropy(out.float(), task.y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     model.eval()
     with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
         out = torch.cat([net(images) for images in x_test.split(100)]).float()

@@ -5,6 +5,7 @@ import pickle
 
 import naive
 import pytest
+import safetensors.torch
 import timm
 import torch
 from slow import slow_except
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_mrla
 from timm_mrla.hub import save_pretrained
 from timm_mrla.layers import layer_attentions, to_map
+from timm_mrla.models._adapter import classifier_names
 from timm_mrla.models._registry import BACKBONES
 
 SHALLOW = {'depths': (1, 1, 2, 1)}
@@ -57,6 +59,9 @@ CASES = {
 }
 ENTRIES = {backbone: entry for entry, backbone in BACKBONES.items() if entry.endswith('_mrla')}
 MODULES = [case for case in CASES if ' ' not in case]
+# those with pretrained weights in timm -> the first of their warm starts
+WARM = {case: timm.list_pretrained(f'{ENTRIES[name]}.*') for case, (name, _, _) in CASES.items()}
+PRETRAINED = {case: names[0] for case, names in WARM.items() if names}
 every = pytest.mark.parametrize('case', CASES)
 # for a module's further kinds of blocks, the plain test command tests only the equations and the identity
 every_module = pytest.mark.parametrize('case', slow_except(MODULES, CASES))
@@ -212,6 +217,53 @@ def test_copies_pickles_and_folders_are_the_model(case, tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(copied))(x), expected)
     save_pretrained(copied, tmp_path / 'folder')
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}/folder', pretrained=True).eval()(x), expected)
+
+
+def train_adapter(model, x):
+    """Two steps with weight decay: the first moves the output scales, the second what they multiply."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.train()(x).square().sum().backward()
+        optimizer.step()
+
+
+@every_module
+def test_the_backbone_of_an_adapter_stays_frozen(case):
+    """In training mode, and in copies and pickles: parameters and buffers, to the last bit."""
+    plain, x = stock(case), images(case)
+    model = timm_mrla.attach(copy.deepcopy(plain), adapter=True)
+    train_adapter(model, x)
+    before, after, classifier = plain.state_dict(), model.state_dict(), classifier_names(model)
+    assert {*before} == {k for k in after if '.mrla.' not in k}
+    assert all(torch.equal(after[k], before[k]) for k in {*before} - classifier)
+    assert all(p.requires_grad == ('.mrla.' in k or k in classifier) for k, p in model.named_parameters())
+    for layer in layer_attentions(model).values():
+        assert all(scale.any() for scale in (*layer.norm.parameters(), *layer.norm_x.parameters()))
+        assert getattr(layer.norm, 'num_batches_tracked', 2) == 2
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model))).train()
+    model(x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k in {*before} - classifier)
+
+
+@pytest.mark.parametrize('case', slow_except(sorted({*MODULES} & {*PRETRAINED}), PRETRAINED))
+def test_the_file_of_an_adapter_is_small(case, tmp_path):
+    """It has layer attention and the classifier, and is loaded with the backbone's weights, here from a file."""
+    plain, x = stock(case, dtype=torch.float32), images(case, dtype=torch.float32)
+    torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+    _, kwargs = arguments(case)
+    overlay = {'file': str(tmp_path / 'plain.pth'), 'num_classes': -1}
+    model = timm.create_model(
+        PRETRAINED[case], pretrained=True, pretrained_cfg_overlay=overlay, mrla_adapter=True, **kwargs
+    )
+    train_adapter(model, x)
+    expected = model.eval()(x)
+    save_pretrained(model, tmp_path / 'adapter')
+    trained = {k for k in model.state_dict() if '.mrla.' in k} | classifier_names(model)
+    assert {*safetensors.torch.load_file(tmp_path / 'adapter' / 'model.safetensors')} == trained
+    loaded = timm.create_model(f'local-dir:{tmp_path}/adapter', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(loaded.eval()(x), expected)
+    assert all(p.requires_grad == (k in trained) for k, p in loaded.named_parameters())
 
 
 @every_module

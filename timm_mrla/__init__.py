@@ -1,6 +1,7 @@
 """Layer attention (MRLA) for timm. Importing this package registers its models and does nothing else."""
 
 from timm_mrla import detection, models
+from timm_mrla.adapters import load_adapter
 from timm_mrla.attention import feature_maps, layer_attention
 from timm_mrla.fused import why_not_fused
 from timm_mrla.models import attach, sites
@@ -11,6 +12,7 @@ __all__ = [
     'detection',
     'feature_maps',
     'layer_attention',
+    'load_adapter',
     'models',
     'set_fused',
     'sites',

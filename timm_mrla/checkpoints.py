@@ -1,10 +1,15 @@
-"""Reads checkpoints that a training script wrote, timm's or the paper's, and loads them into models."""
+"""Reads saved models, and checkpoints that a training script wrote, timm's or the paper's, and loads them."""
 
+import json
+import os
 import textwrap
 import warnings
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
 from timm.layers import to_2tuple, to_ntuple
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
@@ -12,7 +17,28 @@ from torch import nn
 from timm_mrla.checks import check_checkpoint, check_model_name, explain_build_errors
 from timm_mrla.state_dict import StateDict, convert_state_dict
 
-__all__ = ['load_checkpoint', 'read_checkpoint']
+__all__ = ['load_checkpoint', 'read_checkpoint', 'read_config', 'saved_file']
+
+
+def saved_file(name: str, file: str) -> str:
+    """The path of a file in a folder or in a repository of the Hub, which is downloaded."""
+    if not name.startswith('hf-hub:'):
+        return os.path.join(name.removeprefix('local-dir:'), file)
+    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
+    return hf_hub_download(repo_id, file, revision=revision or None)
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Read config.json from a folder or a repository of the Hub."""
+    try:
+        config = json.loads(Path(saved_file(name, 'config.json')).read_text())
+    except OSError as e:
+        raise ValueError(f'{name!r} holds no model: {e}') from e
+    except ValueError as e:
+        raise ValueError(f'{name!r} holds no model: its config.json cannot be read: {e}') from e
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        raise ValueError(f'{name!r} holds no model: its config.json names no architecture')
+    return config
 
 
 def read_checkpoint(path: str) -> StateDict:

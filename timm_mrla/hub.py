@@ -16,13 +16,15 @@ from timm.utils import unwrap_model
 from torch import nn
 
 import timm_mrla
+from timm_mrla.adapters import load_adapter, shrink
 from timm_mrla.checkpoints import load_checkpoint
 from timm_mrla.checks import check_new_folder, check_repo, explain_build_errors
-from timm_mrla.model_card import check_trainable, model_card
+from timm_mrla.model_card import check_trainable, describe_backbone, model_card
+from timm_mrla.models._adapter import Adapter
 from timm_mrla.models._loops import SelfWithOverrides
 from timm_mrla.state_dict import gather_state_dict
 
-__all__ = ['load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
+__all__ = ['load_adapter', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
 
 _GATE = re.compile(r'\.mrla\.norm(_x)?\.(weight|bias)$')  # all zero as long as layer attention adds nothing
 
@@ -70,7 +72,10 @@ def save_pretrained(
 ) -> None:
     """Write a trained model to a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
-    Writes config.json, model.safetensors and README.md, or nothing at all if an error occurs. The model may be wrapped
+    Writes config.json, model.safetensors and README.md, or nothing at all if an error occurs. Of an adapter whose
+    backbone has the unchanged weights of a tag of timm's, model.safetensors has layer attention, the classifier and
+    whatever else was trained; if frozen tensors of the backbone differ from the weights, a warning names them and the
+    whole model is written. The model may be wrapped
     by torch.compile, averaging (EMA), data parallelism or sharding (FSDP). Only the first of several processes writes;
     all of them must call this to save a sharded model.
 
@@ -95,11 +100,15 @@ def save_pretrained(
         raise ValueError(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
         )
-    card = card or model_card(model, f'local-dir:{folder}')
-    requires = {'requires': ['timm_mrla']}
+    card, config = card or model_card(model, f'local-dir:{folder}'), {'requires': ['timm_mrla']}
+    if small := shrink(plain, state_dict):
+        state_dict, config['model_args'] = small[0], {'mrla_adapter': small[1]}
+        describe_backbone(card, plain.backbone_weights, small[1])
+    elif isinstance(plain, Adapter):
+        config['model_args'] = {'mrla_adapter': True}
     with new_folder(folder) as out:
         view = SelfWithOverrides(plain, state_dict=lambda: state_dict)
-        save_for_hf(view, out, model_config=requires, data_config=data_config, safe_serialization=True)
+        save_for_hf(view, out, model_config=config, data_config=data_config, safe_serialization=True)
         card.save(os.path.join(out, 'README.md'))
 
 

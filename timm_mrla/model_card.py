@@ -3,12 +3,13 @@
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.layers import to_ntuple
-from timm.models import model_entrypoint
+from timm.models import PretrainedCfg, model_entrypoint
 from timm.utils import unwrap_model
 from torch import nn
 
 from timm_mrla.checks import check_metrics, check_mrla_name
 from timm_mrla.layers import MrlaLight, layer_attentions
+from timm_mrla.models._weights import weights_source
 
 __all__ = ['check_trainable', 'model_card']
 
@@ -41,6 +42,20 @@ def _describe_layers(model: nn.Module) -> str:
 - **For Grad-CAM** name {target}.
 - **The kernels of queries and keys**, by the block's channels: {', '.join(f'{k} at {c}' for c, k in kernels.items())}.
 - **In bfloat16** a checkpoint keeps 8 bits of each weight, two to three decimals.
+"""
+
+
+def describe_backbone(card: ModelCard, weights: PretrainedCfg, fingerprint: str) -> None:
+    """Say in the card of a saved adapter which weights its backbone has, once."""
+    if card.data.get('base_model_relation') == 'adapter':
+        return
+    card.data.base_model = card.data.base_model or weights.hf_hub_id
+    card.data.base_model_relation = 'adapter'
+    card.text += f"""
+## Backbone
+
+`model.safetensors` contains what was trained: layer attention and the classifier. The backbone has the weights of
+{weights_source(weights)}, unchanged, which timm loads first. Their fingerprint is `{fingerprint}`.
 """
 
 

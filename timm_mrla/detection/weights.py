@@ -1,42 +1,18 @@
 """Finds and loads weights: of whole detectors, and of their backbones."""
 
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download
 from timm.models import PretrainedCfg, is_model_pretrained
 from torch import nn
 
-from timm_mrla.checkpoints import load_checkpoint, read_checkpoint
+from timm_mrla.checkpoints import load_checkpoint, read_checkpoint, read_config, saved_file
 from timm_mrla.checks import explain_build_errors
 from timm_mrla.detection.backbone import DETECTORS, Detector, any_size
 from timm_mrla.models._weights import fit_state_dict
 from timm_mrla.state_dict import StateDict
-
-
-def _file_path(name: str, file: str) -> str:
-    """The path of a file in a folder or in a repository of the Hub, which is downloaded."""
-    if not name.startswith('hf-hub:'):
-        return os.path.join(name, file)
-    repo_id, _, revision = name.removeprefix('hf-hub:').partition('@')
-    return hf_hub_download(repo_id, file, revision=revision or None)
-
-
-def _read_config(name: str) -> dict[str, Any]:
-    """Read config.json from a folder or a repository of the Hub."""
-    try:
-        config = json.loads(Path(_file_path(name, 'config.json')).read_text())
-    except OSError as e:
-        raise ValueError(f'{name!r} holds no model: {e}') from e
-    except ValueError as e:
-        raise ValueError(f'{name!r} holds no model: its config.json cannot be read: {e}') from e
-    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
-        raise ValueError(f'{name!r} holds no model: its config.json names no architecture')
-    return config
 
 
 def create_body(name: str, weights: str | None) -> nn.Module:
@@ -49,7 +25,7 @@ def create_body(name: str, weights: str | None) -> nn.Module:
     if os.path.isfile(weights):
         return load_checkpoint(weights, name, **size)
     if weights.startswith(('hf-hub:', 'local-dir:')):
-        config = _read_config(weights.removeprefix('local-dir:'))
+        config = read_config(weights)
         if config['architecture'] != name:
             raise ValueError(f'{weights!r} holds {config["architecture"]}, and not {name}')
         with explain_build_errors(weights, {}):
@@ -70,14 +46,14 @@ def open_weights(name: str) -> tuple[dict[str, Any], Callable[[], StateDict]]:
     A folder or a repository says them all in config.json, a checkpoint only the number of classes.
     """
     if name.startswith('hf-hub:') or os.path.isdir(name):
-        saved = _read_config(name)
+        saved = read_config(name)
         if saved['architecture'] not in DETECTORS:
             timm_name = name if name.startswith('hf-hub:') else f'local-dir:{name}'
             raise ValueError(
                 f'{name!r} contains the classifier {saved["architecture"]}, not a detector. To use it as a backbone, '
                 f'pass weights_backbone={timm_name!r}'
             )
-        return saved, lambda: read_checkpoint(_file_path(name, 'model.safetensors'))
+        return saved, lambda: read_checkpoint(saved_file(name, 'model.safetensors'))
 
     state_dict = read_checkpoint(name)
     if 'roi_heads.box_predictor.cls_score.weight' in state_dict:

@@ -25,6 +25,8 @@ class Adapter:
     """
 
     plain: type[nn.Module]  # the model's class without this base
+    backbone_weights: PretrainedCfg | None = None  # that the backbone started from, where they are timm's
+    backbone_fingerprint = ''  # of these weights, if they were read
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of the model; frozen norms keep their running statistics."""
@@ -62,13 +64,16 @@ def backbone_names(model: nn.Module) -> set[str]:
     return {name for name in model.state_dict() if '.mrla.' not in name} - classifier_names(model)
 
 
-def freeze_backbone(model: Model) -> Model:
+def freeze_backbone(model: Model, weights: PretrainedCfg | None, fingerprint: str = '') -> Model:
     """Freeze everything but layer attention and the classifier, in place; return the model."""
     names = backbone_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in names)
     if not isinstance(model, Adapter):
         model.__class__ = _adapter_class(type(model))
+    model.backbone_weights, model.backbone_fingerprint = weights, fingerprint
+    if weights is not None:
+        model.pretrained_cfg['tag'] = weights.tag
     return model.train(model.training)
 
 
@@ -114,9 +119,13 @@ def complete(
             )
         return fit_state_dict(with_own_layer_attention(convert(state_dict, model), model), model, cfg, strict)
 
+    # timm reads there for which grid of patches a checkpoint is
+    adapters_cfg, adapters_args = model.pretrained_cfg, model.pretrained_model_args
+    model.pretrained_cfg, model.pretrained_model_args = cfg.to_dict(), {}
     try:
-        load_pretrained(model, cfg.to_dict(), model.num_classes, model.in_chans, check, strict=False)
+        load_pretrained(model, model.pretrained_cfg, model.num_classes, model.in_chans, check, strict=False)
     except Exception as e:  # of the Hub's client, of torch, or of the check
         raise RuntimeError(f"the backbone's weights cannot be loaded from {source}: {e}") from e
+    model.pretrained_cfg, model.pretrained_model_args = adapters_cfg, adapters_args
     own = model.state_dict()
     return {**{name: own[name] for name in backbone_names(model)}, **convert_state_dict(adapter)}

@@ -8,7 +8,7 @@ from timm_mrla.layers import layer_attentions
 from timm_mrla.models._adapter import freeze_backbone
 from timm_mrla.models._graft import LightBlock, Sites, find_sites, graft
 from timm_mrla.models._registry import BACKBONES
-from timm_mrla.models._weights import TAG, drop_weights_description
+from timm_mrla.models._weights import backbone_cfg, drop_weights_description
 
 
 def _entry(model: nn.Module) -> str:
@@ -80,13 +80,14 @@ def attach(
         raise ValueError(f'this model is wrapped by {wrapper}; attach first, then wrap')
     patterns = graft(model, LightBlock, backbone, blocks, identity)
     entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
+    weights = None
     if entry:
-        tag = model.pretrained_cfg.get('tag')
-        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': entry}
-        drop_weights_description(model)
+        cfg = model.pretrained_cfg
         args = {} if patterns is None else {'mrla_blocks': patterns}
         if adapter:
             args['mrla_adapter'] = True
-            model.pretrained_cfg['tag'] = f'{TAG}{tag}' if tag else None
+            weights = backbone_cfg(entry, cfg)
+        model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': entry}
+        drop_weights_description(model)
         model._model_args = {**getattr(model, '_model_args', {}), **args}  # timm saves these arguments with the model
-    return freeze_backbone(model) if adapter else model
+    return freeze_backbone(model, weights) if adapter else model

@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models import _weights as weights
-from timm_mrla.models._adapter import complete, freeze_backbone
+from timm_mrla.models._adapter import complete, fingerprint, freeze_backbone
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
 from timm_mrla.state_dict import StateDict, convert_state_dict
 
@@ -143,11 +143,16 @@ def build(
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
     if is_adapter := bool(choice.pop('adapter', False)):
         choice.setdefault('identity', True)
-    saved, backbone_overlay = kwargs.get('pretrained_model_args', {}).get('mrla_adapter'), None
-    if isinstance(saved, str) and {*(pretrained_cfg_overlay or {})} & {'file', 'url', 'hf_hub_id'}:
+    saved = kwargs.get('pretrained_model_args', {}).get('mrla_adapter')  # a saved adapter's fingerprint of the backbone
+    is_small, backbone_overlay = isinstance(saved, str), None
+    if is_small and {*(pretrained_cfg_overlay or {})} & {'file', 'url', 'hf_hub_id'}:
         pretrained_cfg_overlay, backbone_overlay = None, pretrained_cfg_overlay
     cfg = _safetensors(models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay))
-    built = []
+    starts_warm = weights.is_warm_start(cfg) and not cfg.source
+    backbone = replace(cfg, state_dict=None) if starts_warm and pretrained else None
+    if is_small and pretrained:
+        backbone = _safetensors(models.resolve_pretrained_cfg(entry, cfg.tag, backbone_overlay))
+    built, read = [], []  # models, and the fingerprints of their backbones' weights
 
     def builder(model_cls, variant, *args, pretrained_filter_fn=None, pretrained_strict=True, pruned=False, **kwargs):
         def grafted(**kwargs) -> nn.Module:
@@ -171,14 +176,18 @@ def build(
             return state_dict
 
         def load(state_dict: StateDict, model: nn.Module) -> StateDict:
-            if isinstance(saved, str):
-                backbone = _safetensors(models.resolve_pretrained_cfg(entry, cfg.tag, backbone_overlay))
+            if is_small:
+                read.append(saved)
                 state_dict = complete(state_dict, model, backbone, saved, convert, pretrained_strict)
                 return weights.fit_state_dict(state_dict, model, cfg)
-            state_dict = convert(state_dict, model)
-            if weights.is_warm_start(cfg) and not cfg.source and not any('.mrla.' in name for name in state_dict):
-                return weights.start_untrained(state_dict, model, cfg, pretrained_strict)
-            return weights.fit_state_dict(state_dict, model, cfg, pretrained_strict)
+            converted = convert(state_dict, model)
+            if not starts_warm or any('.mrla.' in name for name in converted):
+                return weights.fit_state_dict(converted, model, cfg, pretrained_strict)
+            if is_adapter:
+                read.append(fingerprint(state_dict, cfg))
+            else:
+                weights.warn_untrained(cfg)
+            return weights.start_untrained(converted, model, cfg, pretrained_strict)
 
         kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=load, pretrained_strict=pretrained_strict)
         return models.build_model_with_cfg(grafted, variant, pretrained, **kwargs)
@@ -199,7 +208,4 @@ def build(
         raise ValueError(f'{entry} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
     if weights.is_warm_start(cfg):
         weights.drop_weights_description(model)
-    if is_adapter:
-        freeze_backbone(model)
-        model.pretrained_cfg['tag'] = cfg.tag
-    return model
+    return freeze_backbone(model, backbone, *read) if is_adapter else model

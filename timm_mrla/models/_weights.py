@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import to_ntuple
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
@@ -45,9 +45,26 @@ def is_warm_start(cfg: PretrainedCfg) -> bool:
     return (cfg.tag or '').startswith(TAG)
 
 
+def backbone_cfg(entry: str, cfg: dict[str, Any]) -> PretrainedCfg | None:
+    """The warm start of an entry with the weights of a plain timm model, by its configuration; None if there is none.
+
+    The weights are in the model's own file, if it was given one.
+    """
+    name = f'{entry}.{TAG}{cfg.get("tag")}'
+    if not is_model_pretrained(name):
+        return None
+    own = None if cfg.get('source') else cfg.get('file')
+    return replace(get_pretrained_cfg(name), **({'file': own} if own else {}))
+
+
 def weights_source(cfg: PretrainedCfg) -> str:
     """The place that timm loads the weights of a configuration from; empty if there is none."""
     return 'the given state dict' if cfg.state_dict else str(cfg.file or cfg.hf_hub_id or '')
+
+
+def listed(names: list[str]) -> str:
+    """Names as text, the first five of them."""
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
 def drop_weights_description(model: nn.Module) -> None:
@@ -98,12 +115,15 @@ def start_untrained(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg,
     Raises as `fit_state_dict` does.
     """
     zero_output_scales(model)
-    state_dict = fit_state_dict(with_own_layer_attention(state_dict, model), model, cfg, strict)
+    return fit_state_dict(with_own_layer_attention(state_dict, model), model, cfg, strict)
+
+
+def warn_untrained(cfg: PretrainedCfg) -> None:
+    """Say that a model computes what its backbone computes."""
     _logger.warning(
         f'{cfg.architecture} starts from the plain backbone of {weights_source(cfg)}: its layer attention is '
         'untrained and adds nothing until you train it.'
     )
-    return state_dict
 
 
 def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
@@ -128,7 +148,7 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
     differing = [k for k in ours if theirs.get(k, ours[k]) != ours[k]]
     differing = [f'its {k} is {theirs[k]} and the model has {ours[k]}' for k in differing]
     problems = [
-        what + ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+        what + listed(names)
         for what, names in (('it lacks ', missing), ('the model has no ', unexpected), ('', differing))
         if names
     ]
