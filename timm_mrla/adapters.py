@@ -45,7 +45,7 @@ def shrink(model: nn.Module, state_dict: StateDict) -> tuple[StateDict, str] | N
         source = weights_source(model.backbone_weights)
         try:
             start = _start(model)
-        except (RuntimeError, ValueError) as e:
+        except Exception as e:  # also errors of the Hub's client
             why = f'the weights that its backbone started from cannot be loaded: {e}'
         else:
             own, names = start.state_dict(), backbone_names(model)

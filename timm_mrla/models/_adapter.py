@@ -114,8 +114,8 @@ def complete(
         found = fingerprint(state_dict, cfg)
         if found != expected:
             raise RuntimeError(
-                f'the adapter was trained on weights with the fingerprint {expected[:12]}, those of {cfg.architecture} '
-                f'with the tag {cfg.tag}, and {source} has {found[:12]}'
+                f'the adapter was trained on the weights {cfg.hf_hub_id}, with the fingerprint {expected[:12]}, and '
+                f'{source} has {found[:12]}; pretrained_cfg_overlay=dict(file=PATH) names another file'
             )
         return fit_state_dict(with_own_layer_attention(convert(state_dict, model), model), model, cfg, strict)
 

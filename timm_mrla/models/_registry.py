@@ -149,8 +149,8 @@ def build(
         pretrained_cfg_overlay, backbone_overlay = None, pretrained_cfg_overlay
     cfg = _safetensors(models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay))
     starts_warm = weights.is_warm_start(cfg) and not cfg.source
-    backbone = replace(cfg, state_dict=None) if starts_warm and pretrained else None
-    if is_small and pretrained:
+    backbone = cfg if starts_warm and pretrained else None
+    if pretrained and (is_small or (starts_warm and cfg.state_dict)):  # an overlay describes the given state dict
         backbone = _safetensors(models.resolve_pretrained_cfg(entry, cfg.tag, backbone_overlay))
     built, read = [], []  # models, and the fingerprints of their backbones' weights
 
