@@ -8,8 +8,26 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+import safetensors.torch
+import timm
+import torch
+
 LFS = ('.safetensors', '.bin', '.pth')
 TOKEN = 'hf_token'
+
+
+def add_backbone(hub, name, seed=0):
+    """Upload random weights of a small plain backbone to timm's repository; returns the backbone."""
+    torch.manual_seed(seed)
+    plain = timm.create_model(name.removesuffix('_mrla')).eval()
+    for tensor in plain.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim < 2:
+            tensor.add_(0.1 * torch.rand(tensor.shape))
+    hub.commit(
+        f'timm/{name.removesuffix("_mrla")}.r160_in1k',
+        {'model.safetensors': safetensors.torch.save(plain.state_dict())},
+    )
+    return plain
 
 
 class Hub:

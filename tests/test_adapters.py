@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hub import add_backbone
 from huggingface_hub import ModelCard, constants
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
@@ -21,19 +22,6 @@ TAG, REPO = 'r160_in1k', 'user/adapter'
 RESNET, VIT = 'test_resnet_mrla', 'test_vit_mrla'
 NAMES = {RESNET: {}, VIT: {'img_size': 64}}
 every = pytest.mark.parametrize('name', NAMES)
-
-
-def add_backbone(hub, name, seed=0):
-    """Upload random weights of a plain backbone to timm's repository; returns the backbone."""
-    torch.manual_seed(seed)
-    plain = timm.create_model(name.removesuffix('_mrla')).eval()
-    for tensor in plain.state_dict().values():
-        if tensor.is_floating_point() and tensor.ndim < 2:
-            tensor.add_(0.1 * torch.rand(tensor.shape))
-    hub.commit(
-        f'timm/{name.removesuffix("_mrla")}.{TAG}', {'model.safetensors': safetensors.torch.save(plain.state_dict())}
-    )
-    return plain
 
 
 def create(name, **kwargs):

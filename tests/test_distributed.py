@@ -23,6 +23,7 @@ MODELS = {
     'resnet18_mrlab': dict(channels=(32, 32, 64, 64), norm_layer='groupnorm1', mrla_recompute=True),
     'deit_tiny_mrla': dict(img_size=32, depth=3),
     'deit_tiny_mrlab': dict(img_size=32, depth=6),
+    'deit_small_mrla': dict(img_size=32, depth=3, mrla_adapter=True),
 }
 
 
@@ -50,7 +51,7 @@ def train_half(rank, name, checkpointing, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(('name', 'checkpointing'), [*zip(MODELS, (False, True, True, False), strict=True)])
+@pytest.mark.parametrize(('name', 'checkpointing'), [*zip(MODELS, (False, True, True, False, True), strict=True)])
 def test_gradients_are_those_of_the_whole_batch(name, checkpointing, tmp_path):
     start_processes(train_half, (name, checkpointing, str(tmp_path)), nprocs=2, start_method='forkserver')
     model = create(name)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hub import add_backbone
 from readme import COMMANDS, assert_accepted, code, sections
 
 import timm_mrla  # noqa: F401
@@ -31,11 +32,15 @@ MODELS = ['resnet18_mrla', 'resnet18_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab'
 MODELS += ['efficientnet_b0_mrla', 'pvt_v2_b0_mrla', 'pvt_v2_b0_mrlab', 'ceit_tiny_mrla']
 
 
-def script(name, *args, cwd):
-    command = [sys.executable, '-m', 'timm_mrla', 'run', str(Path(SCRIPTS).absolute() / name), *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def run(*args, cwd, env=None):
+    command = [sys.executable, '-m', 'timm_mrla', *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})})
     assert result.returncode == 0, result.stderr[-5000:]
     return result.stdout + result.stderr
+
+
+def script(name, *args, **kwargs):
+    return run('run', Path(SCRIPTS).absolute() / name, *args, **kwargs)
 
 
 def size(model):
@@ -86,6 +91,49 @@ def test_train_resume_validate_infer_and_export(model, images, tmp_path):
     torch.save(timm.create_model(model, num_classes=2).state_dict(), weights)
     export = ['--model', model, '--num-classes', 2, '--checkpoint', weights, '--dynamo']
     script('onnx_export.py', tmp_path / 'model.onnx', *export, cwd=tmp_path)
+    assert (tmp_path / 'model.onnx').stat().st_size > 0
+
+
+@pytest.mark.parametrize('name', ['test_resnet_mrla', 'test_vit_mrla'])
+def test_an_adapter_from_training_to_export(name, images, hub, tmp_path):
+    """Frozen to the last bit in train.py, a small file by convert, and loaded by the other scripts as it is."""
+    where = dict(cwd=tmp_path, env=hub.env)
+    plain, warm = add_backbone(hub, name).state_dict(), f'{name}.warmstart_r160_in1k'
+    kwargs = ['--model-kwargs', 'mrla_adapter=True', *(['img_size=64'] if 'vit' in name else [])]
+    options = ['--data-dir', images, '--model', warm, '--pretrained', '--num-classes', 2, '--img-size', 64, *kwargs]
+    options += ['-b', 4, '-j', 1, '--device', 'cpu', '--opt', 'adamw', '--lr', 5e-3, '--output', tmp_path]
+    options += ['--amp', '--amp-dtype', 'bfloat16', '--model-ema', '--layer-decay', 0.7, '--grad-checkpointing']
+    script('train.py', *options, '--experiment', 'run', '--epochs', 1, **where)
+    last = tmp_path / 'run' / 'last.pth.tar'
+    script('train.py', *options, '--experiment', 'more', '--epochs', 2, '--resume', last, **where)
+    last = tmp_path / 'more' / 'last.pth.tar'
+    for key in ('state_dict', 'state_dict_ema'):
+        found = torch.load(last, weights_only=False)[key]
+        frozen = {k for k in found if '.mrla.' not in k and not k.startswith(('fc.', 'head.'))}
+        assert all(torch.equal(found[k], plain[k]) for k in frozen)
+        assert all(v.any() for k, v in found.items() if k.endswith(('.mrla.norm.weight', '.mrla.norm_x.weight')))
+
+    run('convert', last, '--model', warm, '--out', 'adapter', *kwargs, **where)
+    assert (tmp_path / 'adapter' / 'model.safetensors').stat().st_size < 200_000
+    loader = ['--data-dir', images / 'val', '-b', 4, '-j', 1, '--device', 'cpu', '--img-size', 64]
+    adapter = ['--model', 'local-dir:adapter', '--pretrained']
+    checkpoint = ['--model', name, '--checkpoint', last, '--use-ema', '--num-classes', 2]
+    checkpoint += ['--model-kwargs', 'img_size=64'] if 'vit' in name else []
+    results = [script('validate.py', *model, *loader, **where) for model in (adapter, checkpoint)]
+    of_adapter, of_checkpoint = (re.findall(r'Loss: *[0-9.]+ \(([0-9.]+)\)', result)[-1] for result in results)
+    assert of_adapter == of_checkpoint
+    script(
+        'inference.py',
+        *adapter,
+        *loader,
+        '--fullname',
+        '--results-dir',
+        tmp_path / 'results',
+        '--results-format',
+        'csv',
+        **where,
+    )
+    script('onnx_export.py', tmp_path / 'model.onnx', '--model', 'local-dir:adapter', '--dynamo', **where)
     assert (tmp_path / 'model.onnx').stat().st_size > 0
 
 
