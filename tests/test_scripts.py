@@ -97,9 +97,13 @@ def test_train_resume_validate_infer_and_export(model, images, tmp_path):
 @pytest.mark.parametrize('name', ['test_resnet_mrla', 'test_vit_mrla'])
 def test_an_adapter_from_training_to_export(name, images, hub, tmp_path):
     """Frozen to the last bit in train.py, a small file by convert, and loaded by the other scripts as it is."""
-    where = dict(cwd=tmp_path, env=hub.env)
-    plain, warm = add_backbone(hub, name).state_dict(), f'{name}.warmstart_r160_in1k'
-    kwargs = ['--model-kwargs', 'mrla_adapter=True', *(['img_size=64'] if 'vit' in name else [])]
+    add_backbone(hub, name)
+    where, warm, small = dict(cwd=tmp_path, env=hub.env), f'{name}.warmstart_r160_in1k', {}
+    kwargs = ['--model-kwargs', 'mrla_adapter=True']
+    if 'vit' in name:
+        small['img_size'] = 64
+        kwargs.append('img_size=64')
+    plain = timm.create_model(warm, pretrained=True, **small).state_dict()
     options = ['--data-dir', images, '--model', warm, '--pretrained', '--num-classes', 2, '--img-size', 64, *kwargs]
     options += ['-b', 4, '-j', 1, '--device', 'cpu', '--opt', 'adamw', '--lr', 5e-3, '--output', tmp_path]
     options += ['--amp', '--amp-dtype', 'bfloat16', '--model-ema', '--layer-decay', 0.7, '--grad-checkpointing']
@@ -118,7 +122,7 @@ def test_an_adapter_from_training_to_export(name, images, hub, tmp_path):
     loader = ['--data-dir', images / 'val', '-b', 4, '-j', 1, '--device', 'cpu', '--img-size', 64]
     adapter = ['--model', 'local-dir:adapter', '--pretrained']
     checkpoint = ['--model', name, '--checkpoint', last, '--use-ema', '--num-classes', 2]
-    checkpoint += ['--model-kwargs', 'img_size=64'] if 'vit' in name else []
+    checkpoint += ['--model-kwargs', 'img_size=64'] if small else []
     results = [script('validate.py', *model, *loader, **where) for model in (adapter, checkpoint)]
     of_adapter, of_checkpoint = (re.findall(r'Loss: *[0-9.]+ \(([0-9.]+)\)', result)[-1] for result in results)
     assert of_adapter == of_checkpoint
