@@ -18,8 +18,10 @@ import timm
 import torch
 from hub import add_backbone
 from readme import COMMANDS, assert_accepted, code, sections
+from test_contract import CASES, ENTRIES, arguments
 
 import timm_mrla  # noqa: F401
+from timm_mrla.models._adapter import backbone_names
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = [
@@ -139,6 +141,41 @@ def test_an_adapter_from_training_to_export(name, images, hub, tmp_path):
     )
     script('onnx_export.py', tmp_path / 'model.onnx', '--model', 'local-dir:adapter', '--dynamo', **where)
     assert (tmp_path / 'model.onnx').stat().st_size > 0
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_an_epoch_of_training_leaves_a_frozen_backbone_as_it_is(case, images, tmp_path, monkeypatch):
+    """Parameters and buffers of every family, to the last bit, also in the averaged model."""
+    name, kwargs = arguments(case, num_classes=2)
+    start = timm.create_model(ENTRIES[name], mrla_adapter=True, **kwargs)
+    torch.save(start.state_dict(), tmp_path / 'start.pth')
+    kwargs = [f'{key}={value!r}'.replace(' ', '') for key, value in kwargs.items() if key != 'num_classes']
+    options = ['--data-dir', images, '--model', ENTRIES[name], '--initial-checkpoint', tmp_path / 'start.pth']
+    options += ['--model-kwargs', 'mrla_adapter=True', *kwargs, '--num-classes', 2, '--input-size', 3, *CASES[case][2]]
+    options += [
+        '-b',
+        4,
+        '-j',
+        0,
+        '--device',
+        'cpu',
+        '--opt',
+        'adamw',
+        '--lr',
+        0.1,
+        '--weight-decay',
+        0.1,
+        '--model-ema',
+    ]
+    options += ['--warmup-epochs', 0, '--epochs', 1, '--drop-path', 0, '--output', tmp_path, '--experiment', 'run']
+    monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, options)])
+    runpy.run_path(str(Path(SCRIPTS) / 'train.py'), run_name='__main__')
+    checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
+    names = backbone_names(start)
+    for key in ('state_dict', 'state_dict_ema'):
+        found, before = checkpoint[key], start.state_dict()
+        assert all(torch.equal(found[name], before[name]) for name in names)
+        assert any(not torch.equal(found[name], before[name]) for name in {*found} - names)
 
 
 @pytest.mark.parametrize('model', MODELS)
