@@ -61,7 +61,7 @@ ARMS = {
     'lora': Arm(lr=5e-3, lora=True),
     'bitfit': Arm(lr=1e-2, trains=lambda name: name.endswith('bias')),
     'mrla-last-third': Arm(lr=1e-2, attention=True, blocks=[f'blocks.{i}' for i in range(8, 12)]),
-    'norms': Arm(lr=2e-3, trains=lambda name: '.norm' in name or '.bn' in name or name.startswith(('norm', 'bn'))),
+    'norms': Arm(lr=1e-2, trains=lambda name: '.norm' in name or '.bn' in name or name.startswith(('norm', 'bn'))),
     'full': Arm(lr=1e-4, trains=lambda name: True),
     'mrla+lora': Arm(lr=5e-3, attention=True, lora=True),
 }

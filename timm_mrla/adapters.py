@@ -10,6 +10,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from timm_mrla.checkpoints import read_checkpoint, read_config, saved_file
+from timm_mrla.checks import explain_build_errors
 from timm_mrla.models._adapter import Adapter, backbone_names
 from timm_mrla.models._weights import listed, weights_source
 from timm_mrla.state_dict import StateDict
@@ -62,7 +63,7 @@ def shrink(model: nn.Module, state_dict: StateDict) -> tuple[StateDict, str] | N
 def _shape(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model that its adapters depend on, as config.json holds them."""
     args = {k: v for k, v in args.items() if k != 'num_classes' and not k.startswith(('mrla_', 'drop_', 'pretrained'))}
-    return json.loads(json.dumps(args))
+    return json.loads(json.dumps(args, default=str))
 
 
 def load_adapter(model: nn.Module, source: str) -> None:
@@ -81,14 +82,15 @@ def load_adapter(model: nn.Module, source: str) -> None:
     if not isinstance(model, Adapter):
         raise ValueError(f'{type(model).__name__} is no adapter: build it with mrla_adapter=True')
     config = read_config(source)
-    cfg, args = config.get('pretrained_cfg', {}), config.get('model_args', {})
+    with explain_build_errors(source, {}):  # config.json may contain anything
+        cfg, args = dict(config.get('pretrained_cfg', {})), dict(config.get('model_args', {}))
+        theirs, ours = _shape(args), _shape(get_model_args(model))
     expected, entry = args.get('mrla_adapter'), model.pretrained_cfg.get('architecture')
     if not isinstance(expected, str):
         raise ValueError(f'{source!r} contains a whole model of {config["architecture"]}: load it by timm.create_model')
-    if config['architecture'] != entry or _shape(args) != _shape(get_model_args(model)):
+    if config['architecture'] != entry or theirs != ours:
         raise ValueError(
-            f'{source!r} is an adapter of {config["architecture"]} with {_shape(args)}, and the model is {entry} with '
-            f'{_shape(get_model_args(model))}'
+            f'{source!r} is an adapter of {config["architecture"]} with {theirs}, and the model is {entry} with {ours}'
         )
     if model.backbone_weights is not None and not model.backbone_fingerprint:
         model.backbone_fingerprint = _start(model).backbone_fingerprint
@@ -97,8 +99,9 @@ def load_adapter(model: nn.Module, source: str) -> None:
             f'{source!r} was trained on weights of {cfg.get("tag")} with the fingerprint {expected[:12]}, and the '
             f"model's backbone has {model.backbone_fingerprint[:12] or 'weights of its own'}"
         )
-    args = {**get_model_args(model), **args, 'num_classes': config['num_classes']}
-    fresh = timm.create_model(entry, device='meta', **args)
+    with explain_build_errors(source, {}):
+        args = {**get_model_args(model), **args, 'num_classes': config.get('num_classes')}
+        fresh = timm.create_model(entry, device='meta', **args)
     state_dict = read_checkpoint(saved_file(source, 'model.safetensors'))
     needed = {n: t.shape for n, t in fresh.state_dict().items() if n not in backbone_names(fresh)}
     found = {n: t.shape for n, t in state_dict.items()}
@@ -107,4 +110,6 @@ def load_adapter(model: nn.Module, source: str) -> None:
     if fresh.num_classes != model.num_classes:
         model.reset_classifier(fresh.num_classes)
     model.load_state_dict(state_dict, strict=False)
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **cfg, 'num_classes': fresh.num_classes}
+    labels = {key: config.get(key, cfg.get(key)) for key in ('label_names', 'label_descriptions')}
+    cfg = {**model.pretrained_cfg, **cfg, **labels, 'num_classes': fresh.num_classes}
+    model.pretrained_cfg = model.default_cfg = cfg
