@@ -163,11 +163,28 @@ def test_folded(size, dtype):
     layer = post(size[1], 2).eval()
     x, o = maps(*size, dtype=dtype), maps(*size, dtype=dtype)
     folded = copy.deepcopy(layer).fuse().to(dtype)
-    assert reason(folded, x, o) == ''
     with torch.no_grad():
+        assert reason(folded, x, o) == ''
         result, expected = folded(x, o), layer.double().branch(x.double(), o.double(), None) + x.double()
     assert result.dtype == dtype and result.stride() == x.stride()
     assert_close('output', expected, result, ROUNDING[dtype])
+
+
+@kernels
+@pytest.mark.parametrize('wanted', ['x', 'o', 'parameters'])
+def test_a_folded_layer_has_the_gradients_of_the_plain_one(wanted):
+    torch.manual_seed(0)
+    folded = post(32, 2).eval().fuse().requires_grad_(wanted == 'parameters')
+    x, o = (maps(2, 32, 4, 4).requires_grad_(wanted == name) for name in 'xo')
+    sources = {'x': [x], 'o': [o], 'parameters': [*folded.parameters()]}[wanted]
+    assert 'a gradient is wanted' in reason(folded, x, o)
+    gradients = torch.autograd.grad(folded(x, o).square().sum(), sources)
+    timm_mrla.set_fused(False)
+    expected = torch.autograd.grad(folded(x, o).square().sum(), sources)
+    timm_mrla.set_fused(True)
+    assert all(map(torch.equal, gradients, expected))
+    with torch.no_grad():
+        assert reason(folded, x, o) == ''
 
 
 @kernels
@@ -178,8 +195,8 @@ def test_post_in_nhwc(fuse):
     x, o = torch.randn(2, 2, 5, 6, 32, device=DEVICE)
     expected = x.double() + copy.deepcopy(layer).double().branch(x.double(), o.double(), None)
     layer = layer.fuse() if fuse else layer
-    assert reason(layer, x, o) == ''
     with torch.no_grad():
+        assert reason(layer, x, o) == ''
         assert_close('output', expected, layer(x, o), 1e-5)
 
 
@@ -460,6 +477,23 @@ def test_transforms_and_tracers_run_plain():
     assert not any('timm_mrla' in str(node.target) for node in exported.graph.nodes)
     graph = torch.fx.symbolic_trace(layer)
     assert_close('FX', expected, graph(x, x), 1e-5)
+
+
+@kernels
+def test_compiled_transforms_run_plain():
+    """Not jvp, because torch 2.14 sometimes fails to compile it for batch norms, too."""
+    layer, x = post(32, 2).eval().requires_grad_(False), maps(2, 32, 4, 4)
+
+    def per_image(x):
+        return torch.func.vmap(lambda x: layer(x, x))(x[:, None])
+
+    def gradient(x):
+        return torch.func.grad(lambda x: layer(x, x).square().sum())(x)
+
+    for transform in (per_image, gradient):
+        torch._dynamo.reset()
+        compiled = torch.compile(transform, fullgraph=True, backend='eager')
+        assert_close(transform.__name__, transform(x), compiled(x), 1e-5)
 
 
 @kernels

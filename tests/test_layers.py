@@ -352,3 +352,10 @@ def test_heads_stay_where_pruning_takes_channels(layer):
     wide.v.weight = nn.Parameter(wide.v.weight[:10])
     with pytest.raises(ValueError, match='10 channels are no multiple of the 4 heads'):
         wide(x[:, :10], *([o[:, :10]] if layer is MrlaLight else []))
+
+
+def test_tokens_need_no_private_flag_of_torch(monkeypatch):
+    mrla, x = build(MrlaLight, 'pre', 'NLC'), tensors('NLC')
+    expected = mrla(x, x, (3, 5))
+    monkeypatch.delattr(torch.compiler, '_is_exporting_flag', raising=False)
+    assert torch.equal(mrla(x, x, (3, 5)), expected)
