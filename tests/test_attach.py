@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.optim.swa_utils import AveragedModel
 
@@ -84,6 +85,15 @@ def test_what_the_backbone_is_it_stays():
     assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     meta = timm_mrla.attach(timm.create_model('resnet18', device='meta'))
     assert {p.device.type for p in meta.parameters()} == {'meta'}
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'mobilenetv3_small_050'])
+def test_models_without_storage(name):
+    """In torch's FakeTensorMode, models have shapes and no values."""
+    shapes = {k: v.shape for k, v in timm.create_model(f'{name}_mrla').state_dict().items()}
+    with FakeTensorMode():
+        for model in (timm.create_model(f'{name}_mrla'), timm_mrla.attach(timm.create_model(name))):
+            assert {k: v.shape for k, v in model.state_dict().items()} == shapes
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'feature_cls': 'hook'}, {'feature_cls': 'getter'}])

@@ -164,7 +164,9 @@ def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None)
         return _NORMS_2D[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
     if not [*norm.parameters()]:  # a frozen batch norm has none, but the new one must learn
         return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
-    fresh = copy.deepcopy(norm).requires_grad_()
+    # deepcopy gets the copies of the tensors, because it cannot copy those that a FakeTensorMode made
+    copies = {id(p): nn.Parameter(p.detach().clone()) for p in norm.parameters()}
+    fresh = copy.deepcopy(norm, {**copies, **{id(buffer): buffer.clone() for buffer in norm.buffers()}})
     if hasattr(fresh, 'act'):
         fresh.act = nn.Identity()
     if getattr(fresh, 'bias', None) is None:  # torch 2.9 cannot reset a norm without bias
