@@ -59,18 +59,6 @@ class _LayerAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        """
-        Args:
-            dim: Number of channels, C.
-            dim_head: Channels per head, d; divides dim.
-            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
-            form: 'post' or 'pre'.
-            layout: 'NCHW', 'NHWC' or 'NLC'.
-            drop_path: Stochastic depth rate of the layer's branch.
-
-        Raises:
-            ValueError: dim_head does not divide dim, or form or layout is unknown.
-        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         for name, value, values in (('form', form, FORMS), ('layout', layout, LAYOUTS)):
@@ -103,10 +91,36 @@ class MrlaLight(_LayerAttention):
 
     weights_layer = LightWeights
 
-    def __init__(self, dim: int, dim_head: int, norm_layer: Norm, *args, norm_o=True, norm_v=None, **kwargs) -> None:
-        """Like MRLA-base. norm_o: also norm o in the form `pre`. norm_v: norm layer of the value, called with dim."""
-        super().__init__(dim, dim_head, norm_layer, *args, **kwargs)
-        dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        norm_layer: Norm,
+        form: str = 'post',
+        layout: str = 'NCHW',
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+        *,
+        norm_o: bool = True,
+        norm_v: Norm | None = None,
+    ) -> None:
+        """
+        Args:
+            dim: Number of channels, C.
+            dim_head: Channels per head, d; divides dim.
+            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
+            form: 'post' or 'pre'.
+            layout: 'NCHW', 'NHWC' or 'NLC'.
+            drop_path: Stochastic depth rate of the layer's branch.
+            norm_o: Whether to norm o too, in the form `pre`.
+            norm_v: Norm of the value, called with dim.
+
+        Raises:
+            ValueError: dim_head does not divide dim, or form or layout is unknown.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, **dd)
         self.norm_o = norm_layer(dim, **dd) if self.form == 'pre' and norm_o else nn.Identity()
         self.norm_v = norm_v(dim, **dd) if norm_v else nn.Identity()
         self.act_v = nn.GELU() if self.form == 'pre' else nn.Identity()
@@ -162,8 +176,19 @@ class MrlaBase(_LayerAttention):
 
     weights_layer = BaseWeights
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        norm_layer: Norm,
+        form: str = 'post',
+        layout: str = 'NCHW',
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """The arguments are those of MrlaLight."""
+        super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, device, dtype)
         self.act = nn.ReLU(inplace=True) if self.form == 'post' else nn.Identity()
 
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
