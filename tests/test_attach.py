@@ -2,11 +2,13 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -104,10 +106,39 @@ def test_feature_extractors(kwargs):
     assert all(map(torch.equal, model.eval()(x), plain.eval()(x)))
 
 
+@pytest.mark.parametrize('pool', ['token', 'avg'])
+def test_all_layers_learn_but_the_last_of_a_class_token(pool):
+    """If a ViT pools the class token, nothing reads the patches of the last block."""
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, num_classes=3, global_pool=pool)
+    train(timm_mrla.attach(model), torch.randn(2, 3, 32, 32)).zero_grad()
+    model.train()(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    still = {name for name, p in model.named_parameters() if '.mrla.' in name and not p.grad.any()}
+    patches = ('attn.qk.weight', 'v.weight', 'lam', 'norm_o.weight', 'norm_o.bias')
+    assert still == ({f'blocks.1.mrla.{name}' for name in patches} if pool == 'token' else set())
+
+
+def test_a_frozen_layer_is_switched_off_by_its_output_scales():
+    """The scales of a frozen norm are buffers."""
+    model, x = freeze_batch_norm_2d(timm.create_model('test_resnet_mrla').eval()), torch.randn(1, 3, 32, 32)
+    plain = freeze_batch_norm_2d(timm.create_model('test_resnet').eval())
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.equal(model(x), plain(x))
+    for layer in layer_attentions(model).values():
+        for scale in layer.output_scales():
+            nn.init.zeros_(scale)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_layer_that_cannot_be_switched_off_says_so():
+    norms = {'post': partial(nn.BatchNorm2d, affine=False), 'pre': partial(nn.LayerNorm, elementwise_affine=False)}
+    for form, norm in norms.items():
+        with pytest.raises(ValueError, match='no weight that could be zero'):
+            MrlaLight(16, 8, norm, form, 'NHWC').output_scales()
+
+
 def test_norms_that_are_frozen_are_left_so():
     """Layer attention gets a trainable norm, because a frozen norm at zero could never add anything."""
-    from timm.utils.model import freeze_batch_norm_2d
-
     plain = freeze_batch_norm_2d(timm.create_model('resnet18').eval())
     model, x = timm_mrla.attach(copy.deepcopy(plain)), torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), plain(x))

@@ -75,9 +75,19 @@ class _LayerAttention(nn.Module):
         """The arguments that `print(model)` shows."""
         return f'form={self.form}, layout={self.layout}, heads={self.attn.num_heads}'
 
-    def output_scales(self) -> list[nn.Parameter]:
-        """The parameters that make the layer add exactly zero if they are zero, and that then still get gradients."""
-        return [*self.norm.parameters(), *self.norm_x.parameters()]
+    def output_scales(self) -> list[torch.Tensor]:
+        """The tensors that make the layer add exactly zero if they are zero, and that then still get gradients.
+
+        Only those of a frozen batch norm get none: they are buffers.
+
+        Raises:
+            ValueError: The norm has no weight that could be zero.
+        """
+        norm = self.norm if self.form == 'post' else self.norm_x
+        frozen = [buffer for name, buffer in norm.named_buffers() if name in ('weight', 'bias')]
+        if not (scales := [*norm.parameters(), *frozen]):
+            raise ValueError(f'{norm} has no weight that could be zero')
+        return scales
 
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """Convert m to the layout of x. Prefix tokens become the normed prefix in the form `pre`, zeros in `post`."""
@@ -131,7 +141,7 @@ class MrlaLight(_LayerAttention):
         """Draw lam from N(0, 1), as the paper's code does."""
         nn.init.normal_(self.lam)
 
-    def output_scales(self) -> list[nn.Parameter]:
+    def output_scales(self) -> list[torch.Tensor]:
         """As in the base class, plus lam in the form `pre`, because no norm follows lam * o there."""
         return [*super().output_scales(), *([self.lam] if self.form == 'pre' else [])]
 
