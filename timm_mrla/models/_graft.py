@@ -19,6 +19,7 @@ from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
 from timm_mrla.models._weights import zero_output_scales
+from timm_mrla.switches import is_on
 
 # norms over the last dimension -> the same norms for maps [B, C, H, W]
 _NORMS_2D = {
@@ -251,6 +252,7 @@ def graft(
     attention add exactly nothing until it is trained. `drop_path` is by default the block's own in the form `post`,
     else 0. `host_args` go to the hosts.
     """
+    identity = is_on('mrla_identity', identity)
     if drop_path is not None and not 0.0 <= drop_path < 1.0:
         raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
     if blocks is not None:

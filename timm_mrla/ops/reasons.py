@@ -19,13 +19,14 @@ from timm_mrla.layers.layout import is_exporting
 from timm_mrla.layers.weights import BaseWeights, LightWeights
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
+from timm_mrla.switches import is_on
 
 # tuples, because torch.compile in torch 2.9 cannot trace A | B
 LIGHT, _TRAINED = (MrlaLight, InferenceLight), (MrlaLight, MrlaBase)
 
 _logger = logging.getLogger(__name__)
 
-_enabled = os.environ.get('TIMM_MRLA_FUSED', '1') != '0'
+_enabled = is_on('TIMM_MRLA_FUSED', os.environ.get('TIMM_MRLA_FUSED', 'on'))
 _has_triton = importlib.util.find_spec('triton') is not None
 _interpreter = os.environ.get('TRITON_INTERPRET', '0') == '1'  # Triton's own variable: kernels run on CPU tensors
 
@@ -36,7 +37,7 @@ def set_fused(enable: bool = True) -> None:
     They are on by default; the environment variable TIMM_MRLA_FUSED=0 turns them off. Compiled models compile again.
     """
     global _enabled
-    _enabled = enable
+    _enabled = is_on('enable', enable)
 
 
 def _device(x: torch.Tensor) -> str:
