@@ -44,6 +44,7 @@ Norm = Callable[..., nn.Module]
 class _LayerAttention(nn.Module):
     """Base class of the layer that MRLA adds to a block. A subclass computes m from weights and values."""
 
+    num_prefix_tokens: int | None = None  # how many come before the patches, in the layout NLC; None: any number
     recompute = False  # True: backward computes the branch again instead of saving its tensors
     # set by timm_mrla.ops: `fused(self, *args of forward)` returns forward's result, or None if the kernels cannot run
     fused: Callable[..., torch.Tensor | tuple[torch.Tensor, Memory] | None] | None = None
@@ -88,6 +89,18 @@ class _LayerAttention(nn.Module):
         if not (scales := [*norm.parameters(), *frozen]):
             raise ValueError(f'{norm} has no weight that could be zero')
         return scales
+
+    def check_tokens(self, x: torch.Tensor, feat_size: Grid) -> None:
+        """Raise ValueError if tokens [B, N, C] are others than the model's prefix tokens and the patches of a grid."""
+        if self.num_prefix_tokens is None or feat_size is None or isinstance(x, torch.fx.Proxy):
+            return
+        P, (H, W) = self.num_prefix_tokens, feat_size
+        if x.shape[1] != P + H * W:
+            raise ValueError(
+                f'{x.shape[1]} tokens are not {P} prefix tokens and {H} x {W} patches: pass the grid of the patches as '
+                'feat_size=(H, W), and add tokens only before them, counted in the num_prefix_tokens that a model has '
+                'when it gets layer attention'
+            )
 
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """Convert m to the layout of x. Prefix tokens become the normed prefix in the form `pre`, zeros in `post`."""
@@ -164,6 +177,7 @@ class MrlaLight(_LayerAttention):
         Returns:
             x plus the residual branch.
         """
+        self.check_tokens(x, feat_size)
         args = (x, o, feat_size)
         if self.fused and (out := self.fused(self, *args)) is not None:
             return out
@@ -222,6 +236,7 @@ class MrlaBase(_LayerAttention):
         Returns:
             x plus the residual branch, and the memory for the next block.
         """
+        self.check_tokens(x, feat_size)
         if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
             return out
         args = (x, feat_size, *memory)

@@ -155,6 +155,8 @@ class _Block:
         mrla = cls.layer(dim, dim_head, norm_layer, site.form, site.layout, drop_path=drop_path, **dd)
         if recipe.init_v:
             recipe.init_v(mrla.v.weight)
+        if site.layout == 'NLC':
+            mrla.num_prefix_tokens = 0  # a host with prefix tokens sets their number
         block.__class__ = cls
         block.mrla = mrla.train(block.training)
 
