@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 from functools import partial
 
 import pytest
@@ -349,3 +350,62 @@ def test_in_training_mode_it_computes_what_it_did(name, kwargs):
         torch.manual_seed(0)
         outputs.append(ours(x))
     assert torch.equal(*outputs)
+
+
+def patch(block):
+    """Replace the forward of a block as adapters do: with the forward of timm's class."""
+    block.forward = types.MethodType(getattr(type(block), 'stock', type(block)).forward, block)
+
+
+def change_class(block):
+    """Change the class of a block as libraries that merge tokens do."""
+    block.__class__ = type('OtherBlock', (block.stock,), {})
+
+
+def small_vit():
+    return timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, num_classes=3)
+
+
+def test_a_block_with_a_forward_of_its_own_is_refused():
+    """Layer attention would never run in it."""
+    for model, name in ((timm.create_model('test_resnet'), 'layer2.0'), (small_vit(), 'blocks.1')):
+        block, cls = model.get_submodule(name), type(model)
+        patch(block)
+        with pytest.raises(ValueError, match=rf'forward of {name} was replaced, so .* attach first'):
+            timm_mrla.attach(model)
+        assert not layer_attentions(model) and type(model) is cls
+        del block.forward
+        assert layer_attentions(timm_mrla.attach(model))
+
+
+def test_a_model_with_a_method_of_its_own_that_passes_the_grid_is_refused():
+    model = small_vit()
+    model.forward_features = model.forward_features
+    with pytest.raises(ValueError, match='forward_features of VisionTransformer was replaced'):
+        timm_mrla.attach(model)
+
+
+@pytest.mark.parametrize('change', [patch, change_class])
+def test_layer_attention_that_is_lost_later_is_noticed(change, tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    model = train(timm_mrla.attach(timm.create_model('test_resnet')), x)
+    change(model.layer2[0])
+    for look in (timm_mrla.layer_attention, partial(timm_mrla.feature_maps, block='layer2.0')):
+        with pytest.raises(ValueError, match=r'did not run in layer2\.0: the class or the forward of its block'):
+            look(model, x)
+    reasons = timm_mrla.why_not_fused(model, x)
+    assert [name for name, reason in reasons.items() if reason.startswith('it did not run')] == ['layer2.0.mrla']
+    if change is change_class:
+        lost = [site.name for site in timm_mrla.sites(model) if site.reason.startswith('its class was changed')]
+        assert lost == ['layer2.0']
+        with pytest.raises(ValueError, match=r'class of layer2\.0 was changed'):
+            save_pretrained(model, tmp_path / 'folder')
+
+
+def test_a_forward_that_calls_the_old_one_is_fine():
+    """As hooks of accelerate do it."""
+    model, x = timm_mrla.attach(small_vit(), identity=False).eval(), torch.randn(1, 3, 32, 32)
+    expected = timm_mrla.layer_attention(model, x)
+    for block in model.blocks:
+        block.forward = partial(lambda old, *args, **kwargs: old(*args, **kwargs), block.forward)
+    assert torch.equal(timm_mrla.layer_attention(model, x)['blocks'], expected['blocks'])

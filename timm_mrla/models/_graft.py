@@ -157,7 +157,7 @@ class _Block:
             recipe.init_v(mrla.v.weight)
         if site.layout == 'NLC':
             mrla.num_prefix_tokens = 0  # a host with prefix tokens sets their number
-        block.__class__ = cls
+        block.__class__, block.grafted = cls, True
         block.mrla = mrla.train(block.training)
 
 
@@ -204,6 +204,21 @@ class BaseBlock(_Block):
         return x, *memory
 
 
+def is_lost(block: nn.Module) -> bool:
+    """Whether a block lost its layer attention, because somebody changed its class after it was grafted."""
+    return 'grafted' in vars(block) and not isinstance(block, _Block)
+
+
+def _check_methods(name: str, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Raise ValueError if the module itself has a method that would hide one of the class that it is about to get."""
+    ours = {k for c in cls.__mro__[: cls.__mro__.index(cls.stock)] for k, v in vars(c).items() if callable(v)}
+    if hidden := sorted(ours & vars(module).keys()):
+        raise ValueError(
+            f'{hidden[0]} of {name or type(module).__name__} was replaced, so layer attention would never run: attach '
+            f"first, and let the new {hidden[0]} call the old one (`del module.{hidden[0]}` restores timm's)"
+        )
+
+
 def _owner(name: str) -> str:
     """The name of the module that a block's list belongs to: 'stages.1' for 'stages.1.blocks.0'."""
     return name.rpartition('.')[0].rpartition('.')[0]
@@ -213,6 +228,10 @@ def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
     """List the blocks of a model, an entry of timm, and the layer attention of a kind that they support or have."""
     sites, modules, last = Sites(), dict(model.named_modules()), None
     for name, block in modules.items():
+        if is_lost(block):
+            reason = 'its class was changed after it got layer attention, which never runs'
+            sites.append(Site(name, type(block).__name__, None, '', '', reason))
+            continue
         cls = type(block) if isinstance(block, kind) else kind.classes.get(type(block))
         if cls is not None and not (last and name.startswith(f'{last}.')):
             sites.append(cls.site(name, block, modules[_owner(name)], entry))
@@ -263,12 +282,17 @@ def graft(
             raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
     title = entry or type(model).__name__
     modules, hosts = dict(model.named_modules()), {}
-    for site in _choose(find_sites(model, kind, entry), blocks, kind, title):
+    chosen = _choose(find_sites(model, kind, entry), blocks, kind, title)
+    for site in chosen:
         block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]
-        cls.convert(block, site, drop_path)
+        _check_methods(site.name, block, cls)
         if host := cls.host_of(owner):
+            _check_methods(_owner(site.name), owner, host)
             hosts[owner] = host
+    for site in chosen:
+        block = modules[site.name]
+        kind.classes[type(block)].convert(block, site, drop_path)
     for owner, host in hosts.items():
         host.convert(owner, **host_args)
     if identity:
