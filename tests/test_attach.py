@@ -2,12 +2,16 @@
 
 import copy
 import json
+import types
+from functools import partial
 
 import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.optim.swa_utils import AveragedModel
 
@@ -86,6 +90,15 @@ def test_what_the_backbone_is_it_stays():
     assert {p.device.type for p in meta.parameters()} == {'meta'}
 
 
+@pytest.mark.parametrize('name', ['test_resnet', 'mobilenetv3_small_050'])
+def test_models_without_storage(name):
+    """In torch's FakeTensorMode, models have shapes and no values."""
+    shapes = {k: v.shape for k, v in timm.create_model(f'{name}_mrla').state_dict().items()}
+    with FakeTensorMode():
+        for model in (timm.create_model(f'{name}_mrla'), timm_mrla.attach(timm.create_model(name))):
+            assert {k: v.shape for k, v in model.state_dict().items()} == shapes
+
+
 @pytest.mark.parametrize('kwargs', [{}, {'feature_cls': 'hook'}, {'feature_cls': 'getter'}])
 def test_feature_extractors(kwargs):
     plain = timm.create_model('convnext_atto', features_only=True, **kwargs)
@@ -94,10 +107,39 @@ def test_feature_extractors(kwargs):
     assert all(map(torch.equal, model.eval()(x), plain.eval()(x)))
 
 
+@pytest.mark.parametrize('pool', ['token', 'avg'])
+def test_all_layers_learn_but_the_last_of_a_class_token(pool):
+    """If a ViT pools the class token, nothing reads the patches of the last block."""
+    torch.manual_seed(0)
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, num_classes=3, global_pool=pool)
+    train(timm_mrla.attach(model), torch.randn(2, 3, 32, 32)).zero_grad()
+    model.train()(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    still = {name for name, p in model.named_parameters() if '.mrla.' in name and not p.grad.any()}
+    patches = ('attn.qk.weight', 'v.weight', 'lam', 'norm_o.weight', 'norm_o.bias')
+    assert still == ({f'blocks.1.mrla.{name}' for name in patches} if pool == 'token' else set())
+
+
+def test_a_frozen_layer_is_switched_off_by_its_output_scales():
+    """The scales of a frozen norm are buffers."""
+    model, x = freeze_batch_norm_2d(timm.create_model('test_resnet_mrla').eval()), torch.randn(1, 3, 32, 32)
+    plain = freeze_batch_norm_2d(timm.create_model('test_resnet').eval())
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.equal(model(x), plain(x))
+    for layer in layer_attentions(model).values():
+        for scale in layer.output_scales():
+            nn.init.zeros_(scale)
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_layer_that_cannot_be_switched_off_says_so():
+    norms = {'post': partial(nn.BatchNorm2d, affine=False), 'pre': partial(nn.LayerNorm, elementwise_affine=False)}
+    for form, norm in norms.items():
+        with pytest.raises(ValueError, match='no weight that could be zero'):
+            MrlaLight(16, 8, norm, form, 'NHWC').output_scales()
+
+
 def test_norms_that_are_frozen_are_left_so():
     """Layer attention gets a trainable norm, because a frozen norm at zero could never add anything."""
-    from timm.utils.model import freeze_batch_norm_2d
-
     plain = freeze_batch_norm_2d(timm.create_model('resnet18').eval())
     model, x = timm_mrla.attach(copy.deepcopy(plain)), torch.randn(1, 3, 64, 64)
     assert torch.equal(model(x), plain(x))
@@ -308,3 +350,62 @@ def test_in_training_mode_it_computes_what_it_did(name, kwargs):
         torch.manual_seed(0)
         outputs.append(ours(x))
     assert torch.equal(*outputs)
+
+
+def patch(block):
+    """Replace the forward of a block as adapters do: with the forward of timm's class."""
+    block.forward = types.MethodType(getattr(type(block), 'stock', type(block)).forward, block)
+
+
+def change_class(block):
+    """Change the class of a block as libraries that merge tokens do."""
+    block.__class__ = type('OtherBlock', (block.stock,), {})
+
+
+def small_vit():
+    return timm.create_model('vit_tiny_patch16_224', img_size=32, depth=2, num_classes=3)
+
+
+def test_a_block_with_a_forward_of_its_own_is_refused():
+    """Layer attention would never run in it."""
+    for model, name in ((timm.create_model('test_resnet'), 'layer2.0'), (small_vit(), 'blocks.1')):
+        block, cls = model.get_submodule(name), type(model)
+        patch(block)
+        with pytest.raises(ValueError, match=rf'forward of {name} was replaced, so .* attach first'):
+            timm_mrla.attach(model)
+        assert not layer_attentions(model) and type(model) is cls
+        del block.forward
+        assert layer_attentions(timm_mrla.attach(model))
+
+
+def test_a_model_with_a_method_of_its_own_that_passes_the_grid_is_refused():
+    model = small_vit()
+    model.forward_features = model.forward_features
+    with pytest.raises(ValueError, match='forward_features of VisionTransformer was replaced'):
+        timm_mrla.attach(model)
+
+
+@pytest.mark.parametrize('change', [patch, change_class])
+def test_layer_attention_that_is_lost_later_is_noticed(change, tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    model = train(timm_mrla.attach(timm.create_model('test_resnet')), x)
+    change(model.layer2[0])
+    for look in (timm_mrla.layer_attention, partial(timm_mrla.feature_maps, block='layer2.0')):
+        with pytest.raises(ValueError, match=r'did not run in layer2\.0: the class or the forward of its block'):
+            look(model, x)
+    reasons = timm_mrla.why_not_fused(model, x)
+    assert [name for name, reason in reasons.items() if reason.startswith('it did not run')] == ['layer2.0.mrla']
+    if change is change_class:
+        lost = [site.name for site in timm_mrla.sites(model) if site.reason.startswith('its class was changed')]
+        assert lost == ['layer2.0']
+        with pytest.raises(ValueError, match=r'class of layer2\.0 was changed'):
+            save_pretrained(model, tmp_path / 'folder')
+
+
+def test_a_forward_that_calls_the_old_one_is_fine():
+    """As hooks of accelerate do it."""
+    model, x = timm_mrla.attach(small_vit(), identity=False).eval(), torch.randn(1, 3, 32, 32)
+    expected = timm_mrla.layer_attention(model, x)
+    for block in model.blocks:
+        block.forward = partial(lambda old, *args, **kwargs: old(*args, **kwargs), block.forward)
+    assert torch.equal(timm_mrla.layer_attention(model, x)['blocks'], expected['blocks'])

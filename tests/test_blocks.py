@@ -58,7 +58,7 @@ def loop(model, x):
 
 @tokens
 def test_a_loop_of_ones_own_runs_at_the_models_input_size(name):
-    model = create(name)
+    model = create(name, dynamic_img_size=False)
     for size in ((48, 64), (64, 96)):
         if size != (48, 64):
             model.set_input_size(size)
@@ -75,10 +75,43 @@ def test_a_sequence_of_blocks_is_called_as_one():
 
 
 @tokens
-def test_a_loop_of_ones_own_at_another_size_says_what_a_block_needs(name):
+@pytest.mark.parametrize('size', [(64, 64), (32, 96), (48, 64)], ids=str)
+def test_a_loop_of_ones_own_over_images_of_several_sizes_says_what_a_block_needs(name, size):
+    """2 x 6 and 3 x 4 patches are both 12 tokens, so a guessed grid could be wrong."""
     model = create(name, dynamic_img_size=True)
-    with pytest.raises(ValueError, match=r'feat_size=\(H, W\)'):
-        loop(model, images(64, 64))
+    with pytest.raises(ValueError, match=r'several sizes: call the block as block\(x, feat_size='):
+        loop(model, images(*size))
+
+
+def test_a_stem_that_takes_any_size_does_not_tell_the_grid():
+    model = timm_mrla.attach(timm.create_model('vit_tiny_r_s16_p8_224', img_size=64, depth=1))
+    with pytest.raises(ValueError, match='several sizes'):
+        model.blocks(model._pos_embed(model.patch_embed(images(64, 64))))
+
+
+@pytest.mark.parametrize('name', [*TOKENS, 'deit_tiny_mrlab', 'ceit_tiny_mrla', 'caformer_s18_mrla'])
+def test_tokens_behind_the_patches_are_refused(name):
+    """They would be read as patches, and patches as prefix tokens."""
+    with torch.device('meta'):
+        model = timm.create_model(name)
+        block = model.stages[3].blocks[0] if 'caformer' in name else model.blocks[0]
+        P = getattr(model, 'num_prefix_tokens', 0)
+        x = torch.empty(2, P + 12 + 3, block.norm1.weight.shape[0])
+        block(x[:, : P + 12], feat_size=(3, 4))
+        with pytest.raises(ValueError, match=f'{P + 15} tokens are not {P} prefix tokens and 3 x 4 patches'):
+            block(x, feat_size=(3, 4))
+
+
+def test_prompt_tokens_that_the_model_counts():
+    plain, prompts = create('vit_tiny_patch16_224', **SMALL), torch.randn(2, 5, 64)
+    plain.num_prefix_tokens += 5
+    model = timm_mrla.attach(copy.deepcopy(plain))
+
+    def with_prompts(net):
+        x = net._pos_embed(net.patch_embed(torch.ones(2, 3, 48, 64)))
+        return net.blocks(torch.cat([x[:, :1], prompts, x[:, 1:]], dim=1))
+
+    assert torch.equal(with_prompts(model), with_prompts(plain))
 
 
 @pytest.mark.parametrize('name', ['deit_tiny_mrlab', 'ceit_tiny_mrla'])

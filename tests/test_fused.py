@@ -4,6 +4,7 @@ Triton's interpreter must be chosen before Triton is imported, so these tests th
 """
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -163,11 +164,28 @@ def test_folded(size, dtype):
     layer = post(size[1], 2).eval()
     x, o = maps(*size, dtype=dtype), maps(*size, dtype=dtype)
     folded = copy.deepcopy(layer).fuse().to(dtype)
-    assert reason(folded, x, o) == ''
     with torch.no_grad():
+        assert reason(folded, x, o) == ''
         result, expected = folded(x, o), layer.double().branch(x.double(), o.double(), None) + x.double()
     assert result.dtype == dtype and result.stride() == x.stride()
     assert_close('output', expected, result, ROUNDING[dtype])
+
+
+@kernels
+@pytest.mark.parametrize('wanted', ['x', 'o', 'parameters'])
+def test_a_folded_layer_has_the_gradients_of_the_plain_one(wanted):
+    torch.manual_seed(0)
+    folded = post(32, 2).eval().fuse().requires_grad_(wanted == 'parameters')
+    x, o = (maps(2, 32, 4, 4).requires_grad_(wanted == name) for name in 'xo')
+    sources = {'x': [x], 'o': [o], 'parameters': [*folded.parameters()]}[wanted]
+    assert 'a gradient is wanted' in reason(folded, x, o)
+    gradients = torch.autograd.grad(folded(x, o).square().sum(), sources)
+    timm_mrla.set_fused(False)
+    expected = torch.autograd.grad(folded(x, o).square().sum(), sources)
+    timm_mrla.set_fused(True)
+    assert all(map(torch.equal, gradients, expected))
+    with torch.no_grad():
+        assert reason(folded, x, o) == ''
 
 
 @kernels
@@ -178,8 +196,8 @@ def test_post_in_nhwc(fuse):
     x, o = torch.randn(2, 2, 5, 6, 32, device=DEVICE)
     expected = x.double() + copy.deepcopy(layer).double().branch(x.double(), o.double(), None)
     layer = layer.fuse() if fuse else layer
-    assert reason(layer, x, o) == ''
     with torch.no_grad():
+        assert reason(layer, x, o) == ''
         assert_close('output', expected, layer(x, o), 1e-5)
 
 
@@ -463,6 +481,23 @@ def test_transforms_and_tracers_run_plain():
 
 
 @kernels
+def test_compiled_transforms_run_plain():
+    """Not jvp, because torch 2.14 sometimes fails to compile it for batch norms, too."""
+    layer, x = post(32, 2).eval().requires_grad_(False), maps(2, 32, 4, 4)
+
+    def per_image(x):
+        return torch.func.vmap(lambda x: layer(x, x))(x[:, None])
+
+    def gradient(x):
+        return torch.func.grad(lambda x: layer(x, x).square().sum())(x)
+
+    for transform in (per_image, gradient):
+        torch._dynamo.reset()
+        compiled = torch.compile(transform, fullgraph=True, backend='eager')
+        assert_close(transform.__name__, transform(x), compiled(x), 1e-5)
+
+
+@kernels
 @slow
 def test_kernels_are_turned_off():
     layer, x = post(32, 2), maps(2, 32, 4, 4)
@@ -470,9 +505,20 @@ def test_kernels_are_turned_off():
     off = reason(layer, x, x)
     timm_mrla.set_fused(True)
     assert 'set_fused(False)' in off and not reason(layer, x, x)
-    code = 'import timm_mrla.ops.reasons as r; print(r._enabled)'
-    env = {**os.environ, 'TIMM_MRLA_FUSED': '0'}
-    assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout == 'False\n'
+
+
+def test_the_environment_turns_kernels_off(monkeypatch):
+    """Any spelling of no. The file runs again, as at import, but in a module of its own."""
+    spec = importlib.util.find_spec('timm_mrla.ops.reasons')
+    for value, turned_off in (('0', True), ('off', True), ('False', True), ('', True), ('1', False), ('on', False)):
+        monkeypatch.setenv('TIMM_MRLA_FUSED', value)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        layer, x = MrlaLight(32, 16, nn.BatchNorm2d), torch.randn(2, 32, 4, 4)
+        assert ('turned off' in module.reason(layer, x, x)) == turned_off
+    monkeypatch.setenv('TIMM_MRLA_FUSED', 'maybe')
+    with pytest.raises(ValueError, match="TIMM_MRLA_FUSED 'maybe' is neither on nor off"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @kernels

@@ -142,13 +142,31 @@ def test_folded(size, dtype):
     layer = post(C, C // 8).eval()
     x, memory = maps(*size, dtype=dtype), memory_of(2, B, C, C // 8, H, W, dtype)
     folded = copy.deepcopy(layer).fuse().to(dtype)
-    assert reason(folded, x, memory) == ''
     with torch.no_grad():
+        assert reason(folded, x, memory) == ''
         m, *key_value = layer.double().branch(x.double(), None, *(t.double() for t in memory))
         y, (*_, k, v) = folded(x, memory)
     assert y.dtype == dtype and y.stride() == x.stride()
     for name, a, b in zip(('output', 'key', 'value'), (m + x.double(), *key_value), (y, k, v), strict=True):
         assert_close(name, a, b, ROUNDING[dtype])
+
+
+@kernels
+@pytest.mark.parametrize('wanted', ['x', 'memory', 'parameters'])
+def test_a_folded_layer_has_the_gradients_of_the_plain_one(wanted):
+    torch.manual_seed(0)
+    folded = post(32, 2).eval().fuse().requires_grad_(wanted == 'parameters')
+    x = maps(2, 32, 4, 4).requires_grad_(wanted == 'x')
+    memory = [t.requires_grad_(wanted == 'memory') for t in memory_of(1, 2, 32, 2, 4, 4)]
+    sources = {'x': [x], 'memory': memory, 'parameters': [*folded.parameters()]}[wanted]
+    assert 'a gradient is wanted' in reason(folded, x, memory)
+    gradients = torch.autograd.grad(folded(x, memory)[0].square().sum(), sources)
+    timm_mrla.set_fused(False)
+    expected = torch.autograd.grad(folded(x, memory)[0].square().sum(), sources)
+    timm_mrla.set_fused(True)
+    assert all(map(torch.equal, gradients, expected))
+    with torch.no_grad():
+        assert reason(folded, x, memory) == ''
 
 
 @kernels

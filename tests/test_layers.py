@@ -1,5 +1,7 @@
 """Tests of the layers against the equations in plain loops, and of their gradients against finite differences."""
 
+import inspect
+
 import naive
 import pytest
 import torch
@@ -99,6 +101,15 @@ def test_layers_are_the_equations(layer, kwargs, form, layout, num_prefix, size)
         assert out.shape == x.shape
         torch.testing.assert_close(out_map, own_map + m, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(out_prefix, own_prefix + prefix, rtol=1e-12, atol=1e-12)
+
+
+@every_form
+@every_layer
+def test_device_and_dtype_by_position(layer, form):
+    mrla = layer(DIM, HEAD, LayerNorm2d, form, 'NCHW', 0.0, 'meta', torch.float16)
+    assert {(p.device.type, p.dtype) for p in mrla.parameters()} == {('meta', torch.float16)}
+    kinds = {p.kind for p in inspect.signature(layer).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def test_the_memory_holds_keys_and_values():
@@ -352,3 +363,10 @@ def test_heads_stay_where_pruning_takes_channels(layer):
     wide.v.weight = nn.Parameter(wide.v.weight[:10])
     with pytest.raises(ValueError, match='10 channels are no multiple of the 4 heads'):
         wide(x[:, :10], *([o[:, :10]] if layer is MrlaLight else []))
+
+
+def test_tokens_need_no_private_flag_of_torch(monkeypatch):
+    mrla, x = build(MrlaLight, 'pre', 'NLC'), tensors('NLC')
+    expected = mrla(x, x, (3, 5))
+    monkeypatch.delattr(torch.compiler, '_is_exporting_flag', raising=False)
+    assert torch.equal(mrla(x, x, (3, 5)), expected)

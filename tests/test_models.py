@@ -673,6 +673,8 @@ def test_unknown_arguments(name):
         ('resnet18_mrla', 'mrla_drop_path', 1.5),
         ('resnet18_mrlab', 'mrla_drop_path', -0.1),
         ('resnet18_mrlab', 'mrla_identity', True),
+        ('resnet18_mrla', 'mrla_identity', 'maybe'),
+        ('ceit_tiny_mrla', 'mrla_recompute', 2),
         ('resnet18_mrla', 'global_pool', 'median'),
         ('resnet18_mrla', 'cardinality', 32),
         ('deit_tiny_mrla', 'global_pool', 'median'),
@@ -694,6 +696,17 @@ def test_unknown_arguments(name):
 def test_bad_values_are_named(name, argument, value):
     with pytest.raises(ValueError, match=re.escape(str(value).strip('[]'))):
         timm.create_model(name, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    ('value', 'is_on'),
+    [('false', False), ('No', False), ('off', False), ('', False), (0, False), ('true', True), (1, True)],
+)
+def test_switches_as_they_are_typed(value, is_on):
+    layers = layer_attentions(timm.create_model('test_resnet_mrla', mrla_identity=value, mrla_recompute=value))
+    for layer in layers.values():
+        assert layer.recompute is is_on
+        assert layer.norm.weight.any() == (not is_on)
 
 
 def test_a_checkpoint_at_another_size_is_resampled(tmp_path):

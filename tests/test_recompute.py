@@ -195,3 +195,23 @@ def test_torchs_own_checkpointing_of_blocks_gives_the_same_gradients(name, impl)
     assert any(isinstance(module, CheckpointWrapper) for module in wrapped.modules())
     for expected, actual in zip(model.parameters(), wrapped.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('name', 'checkpointing'), [('test_resnet_mrla', False), ('resnet18_mrlab', True), slow(('resnet18_mrlab', False))]
+)
+def test_backward_runs_as_often_as_without(name, checkpointing):
+    """Twice through one graph, and through the gradient. Statistics are counted once."""
+
+    def outcome(**kwargs):
+        torch.manual_seed(0)
+        model = timm.create_model(name, channels=(16, 16, 16, 16), dtype=torch.float64, **kwargs).train()
+        model.set_grad_checkpointing(checkpointing and bool(kwargs))
+        x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        torch.autograd.grad(loss, x, create_graph=True)[0].square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+
+    torch.testing.assert_close(outcome(mrla_recompute=not checkpointing), outcome(), rtol=1e-10, atol=1e-10)

@@ -15,6 +15,8 @@ from timm_mrla.state_dict import WRAPPERS
 
 __all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
 
+NOT_RUN = 'the class or the forward of its block was replaced after it got layer attention'
+
 
 class LayerAttention(dict[str, torch.Tensor]):
     """Weights by stage; `blocks` has the names of the blocks by stage, `heads` the number of heads."""
@@ -47,17 +49,23 @@ def layer_of_block(model: nn.Module, block: str) -> nn.Module:
     return layers[block]
 
 
-def run_with_hooks(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]) -> None:
-    """Run a model in evaluation mode with forward hooks on some modules; afterwards, hooks and modes are as before."""
+def run_with_hooks(
+    model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]
+) -> list[nn.Module]:
+    """Run a model in evaluation mode with forward hooks on some modules, and return those of them that did not run.
+
+    Afterwards, hooks and modes are as before.
+    """
     if images.ndim not in (3, 4):
         raise ValueError(f'images {[*images.shape]} are neither [C, H, W] nor [B, C, H, W]')
     images = images.to(next(model.parameters()))
-    modes = {module: module.training for module in model.modules()}
+    modes, idle = {module: module.training for module in model.modules()}, dict.fromkeys(hooks)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance('force_eager'))  # hooks would trigger a new compilation
         for module, hook in hooks.items():
             stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(lambda module, *_: idle.pop(module, None)))
         try:
             for module in modes:
                 module.training = False
@@ -65,6 +73,13 @@ def run_with_hooks(model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module
         finally:
             for module, mode in modes.items():
                 module.training = mode
+    return [*idle]
+
+
+def _check_ran(blocks: list[str]) -> None:
+    """Raise ValueError if there are blocks whose layer attention did not run."""
+    if blocks:
+        raise ValueError(f'layer attention did not run in {", ".join(blocks)}: {NOT_RUN}')
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
@@ -97,8 +112,8 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
         For each stage of T blocks, W [B, heads, T, T] of MRLA-base or [B, C, T, T] of MRLA-light, float32 or wider.
 
     Raises:
-        ValueError: The model has no layer attention or was reparameterized, or the images have another number of
-            dimensions.
+        ValueError: The model has no layer attention or was reparameterized, some of it did not run, or the images
+            have another number of dimensions.
     """
     calls = []
 
@@ -106,7 +121,8 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
         return lambda attn, args, kwargs, out: calls.append((block, mrla, args[0].shape, out))
 
     layers = layers_by_block(model)
-    run_with_hooks(model, images, {mrla.attn: record(block, mrla) for block, mrla in layers.items()})
+    idle = run_with_hooks(model, images, {mrla.attn: record(block, mrla) for block, mrla in layers.items()})
+    _check_ran([block for block, mrla in layers.items() if mrla.attn in idle])
 
     stages, last_place = [], None
     for block, mrla, shape, out in calls:
@@ -160,6 +176,6 @@ def feature_maps(model: nn.Module, images: torch.Tensor, block: str) -> tuple[to
         for x in (call['x'], out[0] if isinstance(out, tuple) else out):
             maps.append(_copy(to_map(x, mrla.layout, call.get('feat_size'))[0]))
 
-    run_with_hooks(model, images, {mrla: record})
+    _check_ran([block] if run_with_hooks(model, images, {mrla: record}) else [])
     before, after = maps
     return before, after

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from timm_mrla.attention import run_with_hooks
+from timm_mrla.attention import NOT_RUN, run_with_hooks
 from timm_mrla.layers import layer_attentions
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops import reason
@@ -32,5 +32,5 @@ def why_not_fused(model: nn.Module, images: torch.Tensor) -> dict[str, str]:
 
         return hook
 
-    run_with_hooks(model, images, {layer: record(name) for name, layer in layers.items()})
-    return found
+    idle = run_with_hooks(model, images, {layer: record(name) for name, layer in layers.items()})
+    return {name: f'it did not run: {NOT_RUN}' if layer in idle else found[name] for name, layer in layers.items()}

@@ -9,16 +9,19 @@ from torch import nn
 
 from timm_mrla.checks import check_metrics, check_mrla_name
 from timm_mrla.layers import MrlaLight, layer_attentions
+from timm_mrla.models._graft import is_lost
 from timm_mrla.models._weights import weights_source
 
 __all__ = ['check_trainable', 'model_card']
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError if a model is not of this package, or if it was reparameterized for inference."""
+    """Raise ValueError if a model is not of this package, was reparameterized, or lost layer attention."""
     check_mrla_name(model.pretrained_cfg['architecture'])
     if not layer_attentions(model):
         raise ValueError('a reparameterized model is for inference alone; save the one that it was made from')
+    if lost := [name for name, module in model.named_modules() if is_lost(module)]:
+        raise ValueError(f'the class of {", ".join(lost)} was changed, so its layer attention was never trained')
 
 
 def _describe_layers(model: nn.Module) -> str:

@@ -44,6 +44,7 @@ Norm = Callable[..., nn.Module]
 class _LayerAttention(nn.Module):
     """Base class of the layer that MRLA adds to a block. A subclass computes m from weights and values."""
 
+    num_prefix_tokens: int | None = None  # how many come before the patches, in the layout NLC; None: any number
     recompute = False  # True: backward computes the branch again instead of saving its tensors
     # set by timm_mrla.ops: `fused(self, *args of forward)` returns forward's result, or None if the kernels cannot run
     fused: Callable[..., torch.Tensor | tuple[torch.Tensor, Memory] | None] | None = None
@@ -59,18 +60,6 @@ class _LayerAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        """
-        Args:
-            dim: Number of channels, C.
-            dim_head: Channels per head, d; divides dim.
-            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
-            form: 'post' or 'pre'.
-            layout: 'NCHW', 'NHWC' or 'NLC'.
-            drop_path: Stochastic depth rate of the layer's branch.
-
-        Raises:
-            ValueError: dim_head does not divide dim, or form or layout is unknown.
-        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         for name, value, values in (('form', form, FORMS), ('layout', layout, LAYOUTS)):
@@ -87,9 +76,31 @@ class _LayerAttention(nn.Module):
         """The arguments that `print(model)` shows."""
         return f'form={self.form}, layout={self.layout}, heads={self.attn.num_heads}'
 
-    def output_scales(self) -> list[nn.Parameter]:
-        """The parameters that make the layer add exactly zero if they are zero, and that then still get gradients."""
-        return [*self.norm.parameters(), *self.norm_x.parameters()]
+    def output_scales(self) -> list[torch.Tensor]:
+        """The tensors that make the layer add exactly zero if they are zero, and that then still get gradients.
+
+        Only those of a frozen batch norm get none: they are buffers.
+
+        Raises:
+            ValueError: The norm has no weight that could be zero.
+        """
+        norm = self.norm if self.form == 'post' else self.norm_x
+        frozen = [buffer for name, buffer in norm.named_buffers() if name in ('weight', 'bias')]
+        if not (scales := [*norm.parameters(), *frozen]):
+            raise ValueError(f'{norm} has no weight that could be zero')
+        return scales
+
+    def check_tokens(self, x: torch.Tensor, feat_size: Grid) -> None:
+        """Raise ValueError if tokens [B, N, C] are others than the model's prefix tokens and the patches of a grid."""
+        if self.num_prefix_tokens is None or feat_size is None or isinstance(x, torch.fx.Proxy):
+            return
+        P, (H, W) = self.num_prefix_tokens, feat_size
+        if x.shape[1] != P + H * W:
+            raise ValueError(
+                f'{x.shape[1]} tokens are not {P} prefix tokens and {H} x {W} patches: pass the grid of the patches as '
+                'feat_size=(H, W), and add tokens only before them, counted in the num_prefix_tokens that a model has '
+                'when it gets layer attention'
+            )
 
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """Convert m to the layout of x. Prefix tokens become the normed prefix in the form `pre`, zeros in `post`."""
@@ -103,10 +114,36 @@ class MrlaLight(_LayerAttention):
 
     weights_layer = LightWeights
 
-    def __init__(self, dim: int, dim_head: int, norm_layer: Norm, *args, norm_o=True, norm_v=None, **kwargs) -> None:
-        """Like MRLA-base. norm_o: also norm o in the form `pre`. norm_v: norm layer of the value, called with dim."""
-        super().__init__(dim, dim_head, norm_layer, *args, **kwargs)
-        dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        norm_layer: Norm,
+        form: str = 'post',
+        layout: str = 'NCHW',
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+        *,
+        norm_o: bool = True,
+        norm_v: Norm | None = None,
+    ) -> None:
+        """
+        Args:
+            dim: Number of channels, C.
+            dim_head: Channels per head, d; divides dim.
+            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
+            form: 'post' or 'pre'.
+            layout: 'NCHW', 'NHWC' or 'NLC'.
+            drop_path: Stochastic depth rate of the layer's branch.
+            norm_o: Whether to norm o too, in the form `pre`.
+            norm_v: Norm of the value, called with dim.
+
+        Raises:
+            ValueError: dim_head does not divide dim, or form or layout is unknown.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, **dd)
         self.norm_o = norm_layer(dim, **dd) if self.form == 'pre' and norm_o else nn.Identity()
         self.norm_v = norm_v(dim, **dd) if norm_v else nn.Identity()
         self.act_v = nn.GELU() if self.form == 'pre' else nn.Identity()
@@ -117,7 +154,7 @@ class MrlaLight(_LayerAttention):
         """Draw lam from N(0, 1), as the paper's code does."""
         nn.init.normal_(self.lam)
 
-    def output_scales(self) -> list[nn.Parameter]:
+    def output_scales(self) -> list[torch.Tensor]:
         """As in the base class, plus lam in the form `pre`, because no norm follows lam * o there."""
         return [*super().output_scales(), *([self.lam] if self.form == 'pre' else [])]
 
@@ -140,6 +177,7 @@ class MrlaLight(_LayerAttention):
         Returns:
             x plus the residual branch.
         """
+        self.check_tokens(x, feat_size)
         args = (x, o, feat_size)
         if self.fused and (out := self.fused(self, *args)) is not None:
             return out
@@ -162,8 +200,19 @@ class MrlaBase(_LayerAttention):
 
     weights_layer = BaseWeights
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int,
+        norm_layer: Norm,
+        form: str = 'post',
+        layout: str = 'NCHW',
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """The arguments are those of MrlaLight."""
+        super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, device, dtype)
         self.act = nn.ReLU(inplace=True) if self.form == 'post' else nn.Identity()
 
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -187,6 +236,7 @@ class MrlaBase(_LayerAttention):
         Returns:
             x plus the residual branch, and the memory for the next block.
         """
+        self.check_tokens(x, feat_size)
         if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
             return out
         args = (x, feat_size, *memory)

@@ -7,6 +7,11 @@ Grid = tuple[int, int] | None  # (H, W) of tokens
 LAYOUTS = ('NCHW', 'NHWC', 'NLC')
 
 
+def is_exporting() -> bool:
+    """Whether torch.export runs; torch's own function is True under torch.compile too, in torch 2.9."""
+    return getattr(torch.compiler, '_is_exporting_flag', False)
+
+
 def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Split x, in one of LAYOUTS, into its map [B, C, H, W] and its prefix tokens [B, P, C], None if there are none."""
     if layout == 'NCHW':
@@ -20,9 +25,8 @@ def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.
     x, prefix = (x[:, P:], x[:, :P]) if isinstance(P, torch.fx.Proxy) or P else (x, None)  # a proxy: P is unknown
     # keep this order: others give a batch of one image strides with which torch's batch norm computes wrong gradients
     x = x.unflatten(1, (H, W)).permute(0, 3, 1, 2)
-    # contiguous, because a convolution of such a view makes exporters fix the batch size to an example batch of one;
-    # not is_exporting(), because in torch 2.9 that is True under torch.compile, too
-    return x.contiguous() if torch.compiler._is_exporting_flag else x, prefix
+    # contiguous, because a convolution of such a view makes exporters fix the batch size to an example batch of one
+    return x.contiguous() if is_exporting() else x, prefix
 
 
 def from_map(x: torch.Tensor, layout: str, prefix: torch.Tensor | None = None) -> torch.Tensor:

@@ -58,7 +58,9 @@ def attach(
     `timm.create_model` built can be saved and published afterwards, and loads as the entry `<name>_mrla`.
 
     timm's `freeze_batch_norm_2d` freezes the norms of layer attention too: freeze first, then attach. With stochastic
-    depth, layer attention draws random numbers of its own, so the backbone drops other samples than without it.
+    depth, layer attention draws random numbers of its own, so the backbone drops other samples than without it. If a
+    ViT pools the class token, nothing reads the patches of its last block, so only `norm_x` of layer attention learns
+    there.
 
     Args:
         model: The model.

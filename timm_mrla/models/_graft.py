@@ -19,6 +19,7 @@ from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
 from timm_mrla.models._weights import zero_output_scales
+from timm_mrla.switches import is_on
 
 # norms over the last dimension -> the same norms for maps [B, C, H, W]
 _NORMS_2D = {
@@ -154,7 +155,9 @@ class _Block:
         mrla = cls.layer(dim, dim_head, norm_layer, site.form, site.layout, drop_path=drop_path, **dd)
         if recipe.init_v:
             recipe.init_v(mrla.v.weight)
-        block.__class__ = cls
+        if site.layout == 'NLC':
+            mrla.num_prefix_tokens = 0  # a host with prefix tokens sets their number
+        block.__class__, block.grafted = cls, True
         block.mrla = mrla.train(block.training)
 
 
@@ -164,7 +167,9 @@ def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None)
         return _NORMS_2D[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
     if not [*norm.parameters()]:  # a frozen batch norm has none, but the new one must learn
         return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
-    fresh = copy.deepcopy(norm).requires_grad_()
+    # deepcopy gets the copies of the tensors, because it cannot copy those that a FakeTensorMode made
+    copies = {id(p): nn.Parameter(p.detach().clone()) for p in norm.parameters()}
+    fresh = copy.deepcopy(norm, {**copies, **{id(buffer): buffer.clone() for buffer in norm.buffers()}})
     if hasattr(fresh, 'act'):
         fresh.act = nn.Identity()
     if getattr(fresh, 'bias', None) is None:  # torch 2.9 cannot reset a norm without bias
@@ -199,6 +204,21 @@ class BaseBlock(_Block):
         return x, *memory
 
 
+def is_lost(block: nn.Module) -> bool:
+    """Whether a block lost its layer attention, because somebody changed its class after it was grafted."""
+    return 'grafted' in vars(block) and not isinstance(block, _Block)
+
+
+def _check_methods(name: str, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Raise ValueError if the module itself has a method that would hide one of the class that it is about to get."""
+    ours = {k for c in cls.__mro__[: cls.__mro__.index(cls.stock)] for k, v in vars(c).items() if callable(v)}
+    if hidden := sorted(ours & vars(module).keys()):
+        raise ValueError(
+            f'{hidden[0]} of {name or type(module).__name__} was replaced, so layer attention would never run: attach '
+            f"first, and let the new {hidden[0]} call the old one (`del module.{hidden[0]}` restores timm's)"
+        )
+
+
 def _owner(name: str) -> str:
     """The name of the module that a block's list belongs to: 'stages.1' for 'stages.1.blocks.0'."""
     return name.rpartition('.')[0].rpartition('.')[0]
@@ -208,6 +228,10 @@ def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
     """List the blocks of a model, an entry of timm, and the layer attention of a kind that they support or have."""
     sites, modules, last = Sites(), dict(model.named_modules()), None
     for name, block in modules.items():
+        if is_lost(block):
+            reason = 'its class was changed after it got layer attention, which never runs'
+            sites.append(Site(name, type(block).__name__, None, '', '', reason))
+            continue
         cls = type(block) if isinstance(block, kind) else kind.classes.get(type(block))
         if cls is not None and not (last and name.startswith(f'{last}.')):
             sites.append(cls.site(name, block, modules[_owner(name)], entry))
@@ -249,6 +273,7 @@ def graft(
     attention add exactly nothing until it is trained. `drop_path` is by default the block's own in the form `post`,
     else 0. `host_args` go to the hosts.
     """
+    identity = is_on('mrla_identity', identity)
     if drop_path is not None and not 0.0 <= drop_path < 1.0:
         raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
     if blocks is not None:
@@ -257,12 +282,17 @@ def graft(
             raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
     title = entry or type(model).__name__
     modules, hosts = dict(model.named_modules()), {}
-    for site in _choose(find_sites(model, kind, entry), blocks, kind, title):
+    chosen = _choose(find_sites(model, kind, entry), blocks, kind, title)
+    for site in chosen:
         block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]
-        cls.convert(block, site, drop_path)
+        _check_methods(site.name, block, cls)
         if host := cls.host_of(owner):
+            _check_methods(_owner(site.name), owner, host)
             hosts[owner] = host
+    for site in chosen:
+        block = modules[site.name]
+        kind.classes[type(block)].convert(block, site, drop_path)
     for owner, host in hosts.items():
         host.convert(owner, **host_args)
     if identity:

@@ -55,7 +55,7 @@ def _hidden_error(block: nn.Module, needs: str) -> ValueError:
 def with_grid(blocks: Iterable[nn.Module], feat_size: tuple[int, int], own: Grid = None) -> FunctionList:
     """Blocks as functions of tokens; those with layer attention get the grid (H, W) of the tokens.
 
-    `own` is the grid of the model's own input size. Blocks assume it by default, so wrappers may hide them there.
+    `own` is the grid that blocks assume by default, so wrappers may hide them there.
     """
     for block in blocks:
         if _hides(block) and feat_size != own:  # in this order: torch.fx cannot compare the grid

@@ -19,6 +19,7 @@ from timm_mrla.models import _weights as weights
 from timm_mrla.models._adapter import complete, fingerprint, freeze_backbone
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
 from timm_mrla.state_dict import StateDict, convert_state_dict
+from timm_mrla.switches import is_on
 
 BACKBONES: dict[str, str] = {}  # our entry -> timm's entry of its plain backbone
 MODEL_ARGS: dict[str, dict[str, Any]] = {}  # our entry -> arguments that its backbone is built with
@@ -141,10 +142,11 @@ def build(
     Where a saved adapter is loaded, an overlay that names weights, such as `file`, names the backbone's.
     """
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
-    if is_adapter := bool(choice.pop('adapter', False)):
-        choice.setdefault('identity', True)
+    recompute, adapter = is_on('mrla_recompute', mrla_recompute), choice.pop('adapter', False)
     saved = kwargs.get('pretrained_model_args', {}).get('mrla_adapter')  # a saved adapter's fingerprint of the backbone
     is_small, backbone_overlay = isinstance(saved, str), None
+    if is_adapter := (is_small and adapter == saved) or is_on('mrla_adapter', adapter):
+        choice.setdefault('identity', True)
     if is_small and {*(pretrained_cfg_overlay or {})} & {'file', 'url', 'hf_hub_id'}:
         pretrained_cfg_overlay, backbone_overlay = None, pretrained_cfg_overlay
     cfg = _safetensors(models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay))
@@ -163,7 +165,7 @@ def build(
             if kind:
                 graft(model, kind, stock.__name__, **choice)
             for layer in layer_attentions(model).values():
-                layer.recompute = mrla_recompute
+                layer.recompute = recompute
             built.append(model)
             return model
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 
-from timm_mrla.layers import Grid
+from timm_mrla.layers import Grid, layer_attentions
 from timm_mrla.models._graft import Host, LightBlock
 from timm_mrla.models._loops import SelfWithOverrides, with_grid
 
@@ -13,18 +14,15 @@ from timm_mrla.models._loops import SelfWithOverrides, with_grid
 class TokenBlock(LightBlock):
     """A block with MRLA-light. Without `feat_size`, it assumes the model's own grid, for users' loops over blocks."""
 
-    own_tokens: tuple[int, int, int] | None = None  # prefix tokens, rows and columns of the grid
+    own_grid: Grid = None  # None if the model takes images of several sizes
 
     def forward(self, x: torch.Tensor, *args, feat_size: Grid = None, **kwargs) -> torch.Tensor:
-        if feat_size is None:
-            P, H, W = self.own_tokens or (0, 0, 0)
-            if x.shape[1] != P + H * W:
-                raise ValueError(
-                    f'{x.shape[1]} tokens are not the {P} prefix tokens and {H} x {W} patches of this model: call the '
-                    'block as block(x, feat_size=(H, W)), with the rows and columns of its patches'
-                )
-            feat_size = H, W
-        return super().forward(x, *args, feat_size=feat_size, **kwargs)
+        if feat_size is None and self.own_grid is None:
+            raise ValueError(
+                f'{x.shape[1]} tokens do not tell their grid, as the model takes images of several sizes: call the '
+                'block as block(x, feat_size=(H, W)), with the rows and columns of its patches'
+            )
+        return super().forward(x, *args, feat_size=feat_size or self.own_grid, **kwargs)
 
 
 class GridHost(Host):
@@ -36,12 +34,18 @@ class GridHost(Host):
         super().convert(module)
         module.set_own_tokens()
 
+    def own_grid(self) -> Grid:
+        """The grid (H, W) of the model's own input size; None if it takes other sizes too."""
+        stem = self.patch_embed
+        return stem.grid_size if isinstance(stem, PatchEmbed) and stem.strict_img_size else None
+
     def set_own_tokens(self) -> None:
-        """Set the grid that blocks assume by default to that of the model's own input size."""
-        grid = self.patch_embed.grid_size
+        """Tell blocks the model's number of prefix tokens, and the grid that they assume by default."""
+        for layer in layer_attentions(self.blocks).values():
+            layer.num_prefix_tokens = self.num_prefix_tokens
         for block in self.blocks.modules():
             if isinstance(block, TokenBlock):
-                block.own_tokens = grid and (self.num_prefix_tokens, *grid)
+                block.own_grid = self.own_grid()
 
     def set_input_size(self, *args, **kwargs) -> None:
         """Change the input size as timm does, and the grid that blocks assume."""
@@ -57,7 +61,7 @@ class GridHost(Host):
 
     def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
         """The `self` of timm's methods for one forward pass on a grid (H, W)."""
-        return SelfWithOverrides(self, blocks=with_grid(self.blocks, feat_size, self.patch_embed.grid_size))
+        return SelfWithOverrides(self, blocks=with_grid(self.blocks, feat_size, self.own_grid()))
 
     def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
         """Change the tokens [B, P + N, C] that timm's method returns, if a subclass must."""

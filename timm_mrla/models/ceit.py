@@ -117,6 +117,7 @@ class Ceit(GridHost, VisionTransformer):
             raise ValueError(reason)
         self.pos_layer_embed = nn.Parameter(torch.empty(1, len(self.blocks), self.embed_dim, **dd))
         self.lca = LayerwiseClassAttention(self.embed_dim, num_heads, qkv_bias=True, **dd)
+        self.set_own_tokens()
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)

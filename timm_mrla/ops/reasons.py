@@ -15,16 +15,18 @@ from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.layers.layout import is_exporting
 from timm_mrla.layers.weights import BaseWeights, LightWeights
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
+from timm_mrla.switches import is_on
 
 # tuples, because torch.compile in torch 2.9 cannot trace A | B
 LIGHT, _TRAINED = (MrlaLight, InferenceLight), (MrlaLight, MrlaBase)
 
 _logger = logging.getLogger(__name__)
 
-_enabled = os.environ.get('TIMM_MRLA_FUSED', '1') != '0'
+_enabled = is_on('TIMM_MRLA_FUSED', os.environ.get('TIMM_MRLA_FUSED', 'on'))
 _has_triton = importlib.util.find_spec('triton') is not None
 _interpreter = os.environ.get('TRITON_INTERPRET', '0') == '1'  # Triton's own variable: kernels run on CPU tensors
 
@@ -35,7 +37,7 @@ def set_fused(enable: bool = True) -> None:
     They are on by default; the environment variable TIMM_MRLA_FUSED=0 turns them off. Compiled models compile again.
     """
     global _enabled
-    _enabled = enable
+    _enabled = is_on('enable', enable)
 
 
 def _device(x: torch.Tensor) -> str:
@@ -51,18 +53,22 @@ def _device(x: torch.Tensor) -> str:
     return ''
 
 
-def _tracer(x: torch.Tensor) -> str:
-    """Which active tracer, transform or mode must see each operation; empty if none."""
-    if torch.compiler._is_exporting_flag:  # for this flag, see to_map in layers/layout.py
-        return 'the model is exported'
-    if torch.compiler.is_compiling():
-        return ''
-    if torch.jit.is_tracing():
-        return 'the model is traced'
+@torch.compiler.assume_constant_result  # torch.compile cannot trace this; it compiles again if the transforms change
+def _transform() -> str:
+    """Which active transform must see each operation; empty if none."""
     if torch._C._functorch.peek_interpreter_stack() is not None:  # there is no public function for this
         return 'a transform of torch.func is active'
-    if torch.autograd.forward_ad._current_level >= 0:
-        return 'forward-mode differentiation is active'
+    return 'forward-mode differentiation is active' if torch.autograd.forward_ad._current_level >= 0 else ''
+
+
+def _tracer() -> str:
+    """Which active tracer, transform or mode must see each operation; empty if none."""
+    if is_exporting():
+        return 'the model is exported'
+    if (why := _transform()) or torch.compiler.is_compiling():
+        return why
+    if torch.jit.is_tracing():
+        return 'the model is traced'
     if torch._C._len_torch_dispatch_stack():
         return 'a mode that sees each operation is active, such as FlopCounterMode'
     return ''
@@ -194,8 +200,10 @@ def _activations(layer: nn.Module) -> str:
     return '' if (exact if layer.form == 'pre' else type(layer.act_v) is nn.Identity) else f'act_v is {layer.act_v}'
 
 
-def _folded(layer: nn.Module) -> str:
-    """Which part of a folded layer the kernels cannot compute; empty if none."""
+def _folded(layer: nn.Module, *maps: torch.Tensor) -> str:
+    """Why the kernels cannot compute a folded layer; empty if they can."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *layer.parameters())):
+        return 'a gradient is wanted, and the kernels of a folded layer have none; use torch.no_grad()'
     if layer.layout == 'NLC':
         return 'it is of the form post on tokens'
     if isinstance(layer, InferenceBase):
@@ -212,14 +220,14 @@ def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (),
         return f'its maps are of class {type(x).__name__}'
     if type(layer) not in (*LIGHT, MrlaBase, InferenceBase):
         return f'there are no kernels for {type(layer).__name__}'
-    if why := _device(x) or _tracer(x):
+    if why := _device(x) or _tracer():
         return why
+    is_light = isinstance(layer, LIGHT)
     if isinstance(layer, _TRAINED):
         form, weight, why = layer.form, layer.v.weight, _parts(layer, x) or _activations(layer)
     else:
-        weight = layer.weight if isinstance(layer, InferenceLight) else layer.v.weight
-        form, why = 'folded', _folded(layer)
-    is_light = isinstance(layer, LIGHT)
+        weight = layer.weight if is_light else layer.v.weight
+        form, why = 'folded', _folded(layer, x, *([other] if is_light else other))
     why = why or _children(layer) or _tensors(layer, x, weight)
     why = why or (_shortcut if is_light else _memory)(layer, x, other)
     return why or _trial(is_light, form, x.device, x.dtype, len(weight), layer.attn.num_heads)
