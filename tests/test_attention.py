@@ -475,8 +475,36 @@ def test_command_draws_feature_maps(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('name', 'kwargs', 'checkpoint', 'mode'),
+    [
+        ('vit_tiny_patch16_224_mrla', {'img_size': 32, 'depth': 2}, False, 'RGB'),
+        ('resnet18_mrla', {'in_chans': 1, 'channels': (8, 8, 8, 8)}, True, 'L'),
+        ('swin_tiny_patch4_window7_224_mrla', {'img_size': 64, 'window_size': 2, 'embed_dim': 24}, False, 'RGB'),
+        ('coatnet_pico_rw_224_mrla', {'img_size': 64, 'in_chans': 1, 'embed_dim': (32, 32, 32, 32)}, False, 'L'),
+    ],
+)
+def test_images_are_prepared_for_the_model(name, kwargs, checkpoint, mode, folder, tmp_path, monkeypatch):
+    """Its own input size and channels, not those of its entry, with random weights and with a checkpoint."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2, **kwargs).eval()
+    torch.save(model.state_dict(), tmp_path / 'last.pth')
+    values = [f'{key}={value}'.replace(' ', '') for key, value in kwargs.items()]
+    args = ['--checkpoint', str(tmp_path / 'last.pth')] if checkpoint else []
+    monkeypatch.chdir(tmp_path)
+    command = ['timm-mrla', 'attention', name, str(folder / 'one.png'), '--npz', *args, '--model-kwargs', *values]
+    monkeypatch.setattr(sys, 'argv', command)
+    main()
+    if checkpoint:
+        config = timm.data.resolve_input_data_config(model)
+        assert config['input_size'] == (kwargs.get('in_chans', 3), *(kwargs.get('img_size', 224),) * 2)
+        image = timm.data.create_transform(**config)(Image.open(folder / 'one.png').convert(mode))
+        assert_equal_numbers(tmp_path / 'attention.npz', layer_attention(model, image))
+
+
+@pytest.mark.parametrize(
     ('args', 'message'),
     [
+        (['resnet18_mrla', 'one.png', '--model-kwargs', 'in_chans=4'], 'takes images of 4 channels'),
         (['resnet19_mrla', 'one.png'], "no model 'resnet19_mrla'"),
         (['local-dir:nowhere', 'one.png'], 'nowhere'),
         (['resnet18', 'one.png'], 'ResNet has no layer attention'),

@@ -93,7 +93,7 @@ from PIL import Image
 from timm_mrla.detection import from_pretrained
 from torchvision.transforms.functional import to_tensor
 
-model = from_pretrained('{name}').eval()
+model = from_pretrained({name!r}).eval()
 image = to_tensor(Image.open('image.jpg').convert('RGB'))
 with torch.inference_mode():
     detections = model([image])[0]
