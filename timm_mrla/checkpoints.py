@@ -86,12 +86,17 @@ def load_checkpoint(path: str, model_name: str, **model_kwargs) -> nn.Module:
         raise ValueError(
             f'{path!r} does not say for which size its pos_embed is; give the img_size, such as img_size=224'
         )
-    classifier = to_ntuple(1)(get_pretrained_cfg(model_name).classifier)[0]
+    cfg = get_pretrained_cfg(model_name)
+    classifier = to_ntuple(1)(cfg.classifier)[0]
     if f'{classifier}.weight' in state_dict:
         model_kwargs.setdefault('num_classes', len(state_dict[f'{classifier}.weight']))
-    overlay = {'state_dict': state_dict, 'num_classes': model_kwargs.get('num_classes', 1000)}
-    if 'img_size' in model_kwargs:  # timm infers the grid of the checkpoint from this size
-        overlay['input_size'] = (3, *to_2tuple(model_kwargs['img_size']))
+    channels, *size = cfg.input_size
+    overlay = {
+        'state_dict': state_dict,
+        'num_classes': model_kwargs.get('num_classes', 1000),
+        # the checkpoint's own: timm infers the grid of its position embedding from it
+        'input_size': (model_kwargs.get('in_chans', channels), *to_2tuple(model_kwargs.get('img_size', size))),
+    }
     try:
         with explain_build_errors(model_name, model_kwargs):
             model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_kwargs)

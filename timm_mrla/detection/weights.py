@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import timm
+from timm.data import resolve_input_data_config
 from timm.models import PretrainedCfg, is_model_pretrained
 from torch import nn
 
@@ -29,7 +30,7 @@ def create_body(name: str, weights: str | None) -> nn.Module:
         if config['architecture'] != name:
             raise ValueError(f'{weights!r} holds {config["architecture"]}, and not {name}')
         with explain_build_errors(weights, {}):
-            channels = config.get('pretrained_cfg', config)['input_size'][0]
+            channels = resolve_input_data_config(timm.create_model(weights, device='meta'))['input_size'][0]
         if channels != 3:
             raise ValueError(f'{weights!r} takes images of {channels} channels, but detectors take 3')
         return timm.create_model(weights, pretrained=True, **size)
