@@ -501,6 +501,20 @@ def test_images_are_prepared_for_the_model(name, kwargs, checkpoint, mode, folde
         assert_equal_numbers(tmp_path / 'attention.npz', layer_attention(model, image))
 
 
+def test_checkpoints_of_a_folder(folder, tmp_path, monkeypatch):
+    """A folder says the arguments of the model and how its images are prepared; checkpoints may be named one by one."""
+    name, paths = f'local-dir:{folder}/deit', [str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')]
+    models = [timm.create_model(name).eval() for _ in paths]
+    for model, path in zip(models, paths, strict=True):
+        torch.save(model.state_dict(), path)
+    monkeypatch.chdir(tmp_path)
+    args = ['--checkpoint', paths[0], '--checkpoint', paths[1], '--npz']
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'attention', name, str(folder / 'gray.png'), *args])
+    main()
+    found = [layer_attention(model, transformed(model, folder / 'gray.png')) for model in models]
+    assert_equal_numbers(tmp_path / 'attention.npz', {k: torch.cat([each[k] for each in found]) for k in found[0]})
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
@@ -523,6 +537,7 @@ def test_images_are_prepared_for_the_model(name, kwargs, checkpoint, mode, folde
             ['resnet18_mrla', 'one.png', '--checkpoint', 'a.pth.tar'],
             "'a.pth.tar' does not fit: it lacks layer1.0.mrla.lam",
         ),
+        (['resnet18_mrla', 'one.png', '--features', ''], "in ''; it is in layer1.0, layer1.1, layer2.0"),
         (['resnet18_mrla', 'one.png', '--features', 'layer9'], "'layer9'; it is in layer1.0, layer1.1, layer2.0"),
         (['resnet18_mrla', 'one.png', '--out', 'nowhere/a.png'], "no folder 'nowhere'"),
         (['resnet18_mrla', 'one.png', '--out', 'folder.png'], "'folder.png' is a folder"),

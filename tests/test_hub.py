@@ -296,6 +296,8 @@ def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
     assert "'resnet18' is no model of timm-mrla" in refusal('nowhere.pth', REPO, '--model', 'resnet18')
     assert 'dataset' in refusal('nowhere.pth', REPO, '--model', 'resnet18_mrla', '--metric', 'accuracy=0.7')
     assert 'holds no model' in refusal(tmp_path, REPO)
+    assert 'leave out --model' in refusal(folder, REPO, '--model', 'resnet34_mrla')
+    assert 'leave out --model' in refusal(folder, REPO, '--model-kwargs', 'in_chans=1')
     assert 'README.md: write its licence' in refusal(folder, REPO, '--license', 'mit')
     for name, file, content in (
         ('torn', 'model.safetensors', (folder / 'model.safetensors').read_bytes()[:5000]),

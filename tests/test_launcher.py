@@ -265,6 +265,16 @@ def test_a_missing_script_is_one_line(tmp_path, monkeypatch, capsys):
     assert 'github.com/huggingface/pytorch-image-models' in line
 
 
+def test_a_binary_file_is_no_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'last.pth').write_bytes(b'\x89\0\1')
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'run', str(tmp_path / 'last.pth')])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("last.pth' is a binary file, no Python script")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('module', ['nowhere', 'xml'], ids=['none', 'no __main__'])
 def test_a_missing_module_is_one_line(module, tmp_path):

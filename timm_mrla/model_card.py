@@ -17,7 +17,9 @@ IMAGE_MODES = {1: 'L', 3: 'RGB'}  # channels -> Pillow's mode of images with so 
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError if a model is not of this package, or if it was reparameterized for inference."""
+    """Raise ValueError if a model is not of this package, a feature extractor, or reparameterized for inference."""
+    if 'classifier' not in model.pretrained_cfg:
+        raise ValueError('a feature extractor has no classifier: save the whole model, without features_only')
     check_mrla_name(model.pretrained_cfg['architecture'])
     if not layer_attentions(model):
         raise ValueError('a reparameterized model is for inference alone; save the one that it was made from')
@@ -62,7 +64,7 @@ def describe_backbone(card: ModelCard, weights: PretrainedCfg, fingerprint: str)
 
 
 def _usage(model: nn.Module, name: str) -> str:
-    """Code that loads the model by its name and runs it on an image, or on a tensor if no image file has its channels."""
+    """Code that loads the model and runs it on an image file, or on a tensor if no image file has its channels."""
     size = resolve_input_data_config(model)['input_size']
     load = f'model = timm.create_model({name!r}, pretrained=True).eval()'
     if size[0] not in IMAGE_MODES:

@@ -37,10 +37,10 @@ def check_model(args: argparse.Namespace) -> None:
     if ':' not in args.model:  # timm finds out which model a folder or repository contains
         check_model_name(args.model)
     model = build(args, device='meta')
-    if args.features:
-        layer_of_block(model, args.features)
-    else:
+    if args.features is None:
         layers_by_block(model)
+    else:
+        layer_of_block(model, args.features)
     channels = resolve_input_data_config(model)['input_size'][0]
     if channels not in IMAGE_MODES:
         raise ValueError(
@@ -83,11 +83,13 @@ def main(args: argparse.Namespace) -> None:
     for checkpoint in args.checkpoint or [None]:
         model = build(args, checkpoint, pretrained=args.pretrained)
         batch = to_batch(images, model)
-        found.append(feature_maps(model, batch, args.features) if args.features else layer_attention(model, batch))
+        found.append(
+            feature_maps(model, batch, args.features) if args.features is not None else layer_attention(model, batch)
+        )
         weights = checkpoint or (args.model if args.pretrained else 'random weights')
         titles += [f'{image}, {weights}' for image in args.images]
 
-    draw = draw_features if args.features else draw_attention
+    draw = draw_attention if args.features is None else draw_features
     figure, numbers = draw(found, args, model.pretrained_cfg['architecture'], titles)
     with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
         figure.savefig(Path(tmp, out.name))

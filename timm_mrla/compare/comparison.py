@@ -81,7 +81,8 @@ def compare(
             f"there is no script {script!r}; timm's train.py is at the top of its repository, "
             'https://github.com/huggingface/pytorch-image-models'
         )
-    if not re.search(rf"""['"]{re.escape(metric)}['"]""", Path(script).read_text()):
+    code = Path(script).read_text(errors='replace')
+    if not (metric and re.search(rf"""['"]{re.escape(metric)}['"]""", code)):
         raise ValueError(f"{script} writes no metric {metric!r}; timm's writes top1, top5 and loss")
     if seeds < 2:
         raise ValueError(f'--seeds {seeds} is less than 2, and an interval needs two')
@@ -89,10 +90,12 @@ def compare(
         raise ValueError('there are no devices to run on')
     args = parse_train_args(train_args)
     pairs = {model: plain_and_ours(model, args.model_kwargs) for model in models}
+    arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
+    for arm in arms:
+        arm.check(args.model_kwargs)
     path = Path(out)
     config = {'config': Path(args.config).read_text()} if args.config else {}
     _open_folder(path, {'models': models, 'arguments': train_args, **config})
-    arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
     runs = [Run(arm, seed, path / 'runs' / arm.name / str(seed)) for seed in range(seeds) for arm in arms]
     check_metric(runs, f'eval_{metric}')
     try:

@@ -19,7 +19,7 @@ from timm_mrla.state_dict import gather_state_dict
 
 
 def from_pretrained(name: str) -> Detector:
-    """Load a detector from a folder, by its path, or from the Hub, by its `hf-hub:` name.
+    """Load a detector from a folder, by its path or `local-dir:` name, or from the Hub, by its `hf-hub:` name.
 
     Raises:
         ValueError: There is no detector that `save_pretrained` wrote, or it cannot be downloaded or read.
