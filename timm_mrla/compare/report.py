@@ -22,7 +22,7 @@ def summarize(runs: list[Run], pairs: dict[str, tuple[Arm, Arm]], metric: str) -
         if run.name not in (*failed, *diverged):
             found[run.arm.name][run.seed] = run.result()
     if not any(found.values()):
-        raise ValueError(f'no run came to its end with finite losses; {_left_out(failed, diverged)}')
+        raise ValueError(f'no run came to its end and did not diverge; {_left_out(failed, diverged)}')
     last = {
         arm: {seed: [*run['curves'][f'eval_{metric}'].values()][-1] for seed, run in by_seed.items()}
         for arm, by_seed in found.items()
