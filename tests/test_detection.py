@@ -189,7 +189,8 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize('name', slow_except(['resnet18_mrlab'], LAYERS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LAYERS)
 def test_the_layers_of_other_pyramids(name, tmp_path):
     checkpoint = write_checkpoint(tmp_path / 'checkpoint', name)
     for trainable in range(6):

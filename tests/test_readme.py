@@ -35,6 +35,7 @@ from readme import (
     recipe_source,
     sections,
 )
+from slow import slow_except
 
 from timm_mrla import set_fused
 from timm_mrla.hub import save_pretrained
@@ -82,7 +83,12 @@ def kernels_on():
     set_fused(True)
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if page not in RECIPES and code(PAGES[page])])
+WITH_CODE = [page for page in PAGES if page not in RECIPES and code(PAGES[page])]
+
+
+@pytest.mark.parametrize(
+    'page', slow_except([p for p in WITH_CODE if p not in ('docs/detection.md', 'docs/getting-started.md')], WITH_CODE)
+)
 def test_code_runs(page, tmp_path, monkeypatch, hub, command_on_path, kernels_on):
     """Python blocks run from top to bottom in one namespace. A `text` block is the output of the block before it."""
     monkeypatch.chdir(tmp_path)

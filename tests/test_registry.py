@@ -124,6 +124,7 @@ def test_every_ceit_builds(name):
     assert timm.models.model_entrypoint(name).__doc__
 
 
+@pytest.mark.slow
 def test_names_that_timm_adds_later():
     """A new entry of a module gets layer attention by itself, and its tags are warm starts.
 
