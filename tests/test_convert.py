@@ -192,9 +192,22 @@ def test_what_is_no_checkpoint_is_not_run(convert):
     Path('cut.pth').write_bytes(Path('pickle.pth').read_bytes()[:100_000])
     torch.save([torch.zeros(1)], 'list.pth')
     torch.save({'state_dict': {'epoch': 3}}, 'number.pth')
-    for name in ('pickle.pth', 'text.pth', 'empty.safetensors', 'cut.pth', 'list.pth', 'number.pth', 'none.pth'):
+    torch.save({}, 'nothing.pth')
+    Path('empty.pth').touch()
+    for name in (
+        'empty.pth',
+        'nothing.pth',
+        'pickle.pth',
+        'text.pth',
+        'empty.safetensors',
+        'cut.pth',
+        'list.pth',
+        'number.pth',
+        'none.pth',
+    ):
         message = convert(name, '--model', 'resnet18_mrla', '--out', 'out')
         assert f"'{name}'" in message, message
+        assert 'pretrained' not in message
     assert 'open' in convert('pickle.pth', '--model', 'resnet18_mrla', '--out', 'out')
     assert not Path('ran').exists()
 
@@ -211,7 +224,38 @@ def test_mistakes_in_the_command(convert):
     assert 'dataset' in convert('text.pth', '--model', 'resnet18_mrla', '--out', 'out', '--metric', 'accuracy=0.7')
     assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla.foo', '--out', 'out')
     assert 'foo' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo=1')
+    assert 'the name of the folder is empty' in convert('last.pth', '--model', 'resnet18_mrla', '--out', '')
     assert 'name=value' in convert('last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', 'foo')
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('features_only=True', 'a feature extractor has no classifier: save the whole model'),
+        ('block=foo', "resnet18_mrla cannot be built with {'block': 'foo', "),
+        ('norm_layer=abc', "resnet18_mrla cannot be built with {'norm_layer': 'abc', "),
+        ('act_layer=abc', "resnet18_mrla cannot be built with {'act_layer': 'abc', "),
+        ('model_name=abc', "resnet18_mrla cannot be built with {'model_name': 'abc', "),
+        ('checkpoint_path=list.pth', "resnet18_mrla cannot be built with {'checkpoint_path': 'list.pth', "),
+        ('checkpoint_path=missing.pth', "resnet18_mrla cannot be built with {'checkpoint_path': 'missing.pth', "),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(argument, message, convert):
+    narrow = {'channels': (8, 8, 8, 8)}
+    torch.save(timm.create_model('resnet18_mrla', **narrow).state_dict(), 'last.pth')
+    torch.save([torch.zeros(1)], 'list.pth')
+    command = ['last.pth', '--model', 'resnet18_mrla', '--out', 'out', '--model-kwargs', argument]
+    # arguments may be given in parts
+    assert message in convert(*command, '--model-kwargs', 'channels=(8,8,8,8)')
+
+
+def test_a_traceback_if_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, 'argv', ['timm-mrla', '--traceback', 'convert', '', '--model', 'resnet18_mrla', '--out', 'o']
+    )
+    with pytest.raises(ValueError, match="no checkpoint ''"):
+        main()
+    assert capsys.readouterr().err == ''
 
 
 def test_values_that_are_not_finite_are_told(convert):

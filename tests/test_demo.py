@@ -2,14 +2,15 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import timm
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from timm_mrla.cli import main
 
@@ -53,6 +54,23 @@ def test_another_entry(tmp_path):
     assert config['architecture'] == 'deit_tiny_mrlab'
 
 
+@pytest.mark.slow
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
+    """A limit on the file size simulates it."""
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'demo', '--out', 'digits', '--epochs', '1'])
+        with pytest.raises(SystemExit) as e:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert e.value.code == 2
+    assert "'digits' cannot be written: " in capsys.readouterr().err.splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
@@ -82,16 +100,20 @@ def test_a_missing_extra_is_named(module, monkeypatch, capsys):
     assert "pip install 'timm-mrla[demo]'" in message
 
 
-def test_stopped_it_says_so_and_leaves_nothing(tmp_path):
-    command = [sys.executable, '-m', 'timm_mrla', 'demo', '--out', 'digits']
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    printed = ''
-    while not printed.endswith(']') and (letter := process.stderr.read(1)):  # end of the progress bar
-        printed += letter
-    time.sleep(1)  # a signal during the setup of tqdm would break it
-    process.send_signal(signal.SIGINT)
-    printed += process.stderr.read()
-    assert process.wait() == 130
+def test_stopped_it_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """The signal of Ctrl-C comes during the first step of training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'demo', '--out', 'digits', '--epochs', '1'])
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    hook = register_module_forward_hook(lambda *args: signal.raise_signal(signal.SIGINT))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main()
+    finally:
+        hook.remove()
+        signal.signal(signal.SIGINT, handler)
+    assert exit.value.code == 130
+    printed = capsys.readouterr().err
     assert printed.splitlines()[-1] == 'timm-mrla: stopped'
     assert 'Traceback' not in printed
     assert not [*tmp_path.iterdir()]

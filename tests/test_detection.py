@@ -1,6 +1,9 @@
 """Tests of torchvision's detectors on our backbones: outputs, frozen parts, saving and loading."""
 
 import argparse
+import json
+import re
+import shutil
 import sys
 
 import pytest
@@ -186,7 +189,8 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize('name', slow_except(['resnet18_mrlab'], LAYERS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LAYERS)
 def test_the_layers_of_other_pyramids(name, tmp_path):
     checkpoint = write_checkpoint(tmp_path / 'checkpoint', name)
     for trainable in range(6):
@@ -358,6 +362,9 @@ def files(tmp_path_factory):
     save_classifier(classifier, folder / 'classifier')
     torch.save({'state_dict': classifier.state_dict()}, folder / 'classifier.pth')
     save_classifier(timm.create_model('resnet18_mrla', in_chans=1), folder / 'grey')
+    shutil.copytree(folder / 'grey', folder / 'older')  # older versions of timm wrote the backbone's input_size
+    config = (folder / 'grey' / 'config.json').read_text()
+    (folder / 'older' / 'config.json').write_text(re.sub(r'("input_size": \[\s*)1', r'\g<1>3', config))
     (folder / 'empty').mkdir()
     (folder / 'text.pth').write_text('no checkpoint')
     for name, config in UNREADABLE.items():
@@ -394,6 +401,7 @@ BAD = [
     (dict(weights_backbone='local-dir:{}/detector'), 'detector. holds mask_rcnn, and not resnet18_mrla'),
     (dict(backbone='resnet18', weights_backbone='local-dir:{}/classifier'), 'holds resnet18_mrla, and not resnet18'),
     (dict(weights_backbone='local-dir:{}/grey'), 'grey. takes images of 1 channels'),
+    (dict(weights_backbone='local-dir:{}/older'), 'older. takes images of 1 channels'),
     (dict(weights_backbone='local-dir:{}/empty'), 'empty. holds no model'),
     (dict(weights_backbone='local-dir:{}/lists'), 'lists. holds no model'),
     (dict(weights_backbone='hf-hub:user/nothing'), "'hf-hub:user/nothing' holds no model: .*Repository Not Found"),
@@ -444,6 +452,29 @@ def test_from_pretrained_of_a_checkpoint(files):
         from_pretrained(f'{files}/detector.pth')
 
 
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('num_classes', '4'),
+        ('backbone', 18),
+        ('min_size', 'small'),
+        ('max_size', [96]),
+        ('image_mean', 0.5),
+        ('image_std', ['a', 'b', 'c']),
+        ('box_score_thresh', 'high'),
+        ('categories', 5),
+        ('categories', [{'id': 1}]),
+    ],
+)
+def test_values_of_another_type_in_a_configuration(key, value, files, tmp_path):
+    config = json.loads((files / 'detector' / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, key: value}))
+    with pytest.raises(
+        ValueError, match='holds no detector that can be built: its ' + re.escape(f'{key} is {value!r}')
+    ):
+        from_pretrained(str(tmp_path))
+
+
 def detect(*args, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'detect', *map(str, args)])
     main()
@@ -485,9 +516,10 @@ def test_a_picture_of_what_is_found(builder, categories, tmp_path, monkeypatch):
 def test_a_picture_of_nothing(tmp_path, monkeypatch):
     model = retina_net('resnet18_mrla', **SMALL)  # untrained, so its scores are low
     save_pretrained(model, tmp_path / 'detector')
+    name = f'local-dir:{tmp_path}/detector'
     picture = torch.full((3, 64, 80), 90, dtype=torch.uint8)
     to_pil_image(picture).save(tmp_path / 'image.png')
-    detect(tmp_path / 'detector', tmp_path / 'image.png', '--out', tmp_path / 'found.png', monkeypatch=monkeypatch)
+    detect(name, tmp_path / 'image.png', '--out', tmp_path / 'found.png', monkeypatch=monkeypatch)
     with Image.open(tmp_path / 'found.png') as image:
         assert torch.equal(pil_to_tensor(image), picture)
 
@@ -498,6 +530,8 @@ def test_a_picture_of_nothing(tmp_path, monkeypatch):
         (['{}/detector', '{}/text.pth'], "text.pth' is not an image that Pillow reads"),
         (['{}/detector', '{}/nothing.png'], "there is no image '"),
         (['{}/detector', '{}/image.png', '--out', '{}/found.txt'], "found.txt' does not end like a picture"),
+        (['{}/detector', '{}/image.png', '--out', '{}/found.psd'], "found.psd' does not end like a picture"),
+        (['local-dir:{}/nowhere', '{}/image.png'], "nowhere' holds no model"),
         (['{}/detector', '{}/image.png', '--out', '{}/nowhere/found.png'], "there is no folder '"),
         (['{}/classifier', '{}/image.png'], 'contains the classifier resnet18_mrla, not a detector'),
         (['{}/detector.pth', '{}/image.png'], 'does not say which detector it is for'),

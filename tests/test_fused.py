@@ -130,9 +130,9 @@ def test_post_in_half_precision(dtype, train):
     'kwargs',
     [
         {'momentum': None, 'affine': False},
-        {'momentum': 0.3, 'eps': 0.1},
-        {'track_running_stats': False},
-        {'norm': BatchNormAct2d, 'apply_act': False},
+        pytest.param({'momentum': 0.3, 'eps': 0.1}, marks=slow),
+        pytest.param({'track_running_stats': False}, marks=slow),
+        pytest.param({'norm': BatchNormAct2d, 'apply_act': False}, marks=slow),
     ],
     ids=str,
 )
@@ -146,6 +146,7 @@ def test_post_with_other_batch_norms(kwargs, train):
 
 
 @kernels
+@slow
 def test_post_of_a_mean_of_thirty_deviations():
     torch.manual_seed(0)
     layer = post(64, 2)
@@ -157,7 +158,7 @@ def test_post_of_a_mean_of_thirty_deviations():
 
 
 @kernels
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float32, marks=slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize('size', [(2, 40, 7, 7), pytest.param((1, 96, 14, 5), marks=slow)], ids=str)
 def test_folded(size, dtype):
     torch.manual_seed(0)

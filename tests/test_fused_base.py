@@ -83,7 +83,7 @@ def compare(layer, x, memory, feat_size=None):
     ('B', 'C', 'heads', 'H', 'W', 'before', 'drop_path'),
     [
         (2, 24, 3, 7, 7, 0, 0.0),
-        (3, 40, 5, 5, 9, 2, 0.5),
+        pytest.param(3, 40, 5, 5, 9, 2, 0.5, marks=slow),
         pytest.param(2, 64, 4, 14, 14, 1, 0.0, marks=slow),
         pytest.param(2, 96, 6, 7, 7, 3, 0.0, marks=slow),
         pytest.param(2, 112, 7, 7, 7, 1, 0.5, marks=slow),
@@ -111,7 +111,11 @@ def test_post_in_half_precision(dtype, train):
 @kernels
 @pytest.mark.parametrize(
     'kwargs',
-    [{'momentum': None, 'affine': False}, {'momentum': 0.3, 'eps': 0.1}, {'track_running_stats': False}],
+    [
+        {'momentum': None, 'affine': False},
+        pytest.param({'momentum': 0.3, 'eps': 0.1}, marks=slow),
+        pytest.param({'track_running_stats': False}, marks=slow),
+    ],
     ids=str,
 )
 @both_modes
@@ -124,6 +128,7 @@ def test_post_with_other_batch_norms(kwargs, train):
 
 
 @kernels
+@slow
 def test_post_of_a_mean_of_thirty_deviations():
     torch.manual_seed(0)
     layer, x = post(64, 4), maps(2, 64, 9, 9, shift=30)
@@ -134,7 +139,7 @@ def test_post_of_a_mean_of_thirty_deviations():
 
 
 @kernels
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float32, marks=slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize('size', [(2, 40, 7, 7), pytest.param((1, 96, 14, 5), marks=slow)], ids=str)
 def test_folded(size, dtype):
     torch.manual_seed(0)
@@ -173,7 +178,7 @@ def test_a_folded_layer_has_the_gradients_of_the_plain_one(wanted):
 @pytest.mark.parametrize(
     ('shape', 'grid', 'heads', 'before', 'kwargs'),
     [
-        ((2, 49, 24), (7, 7), 3, 0, {}),
+        pytest.param((2, 49, 24), (7, 7), 3, 0, {}, marks=slow),
         ((3, 46, 40), (5, 9), 5, 2, {'drop_path': 0.5}),
         pytest.param((2, 201, 64), (14, 14), 4, 1, {}, marks=slow),
         pytest.param((3, 6, 192), (1, 1), 12, 3, {}, marks=slow),

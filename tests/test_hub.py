@@ -215,6 +215,28 @@ def test_push_of_a_folder_brings_its_card_once(hub, tmp_path, monkeypatch):
     assert timm.create_model(f'hf-hub:{REPO}', pretrained=True).num_classes == 3
 
 
+@pytest.mark.parametrize('channels', [1, 3, 5])
+def test_the_code_of_a_card_prepares_images_for_the_model(channels, tmp_path, monkeypatch):
+    """It has the model's own channels and size, and runs with any name of a folder."""
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (80, 60), 'red').save('image.jpg')
+    folder = """it's "mine" """
+    model = create('deit_tiny_mrla', img_size=(32, 48), depth=1, in_chans=channels, num_classes=2)
+    save_pretrained(model, folder)
+    (code,) = re.findall('```python\n(.*?)```', ModelCard.load(f'{folder}/README.md').content, flags=re.DOTALL)
+    exec(code, names := {})
+    assert names['probabilities'].shape == (1, 2)
+
+
+def test_push_of_a_folder_whose_name_has_quotes(hub, tmp_path, monkeypatch):
+    folder = tmp_path / """it's "mine" """
+    save_pretrained(create('resnet18_mrla', num_classes=2), folder)
+    push(folder, REPO, monkeypatch=monkeypatch)
+    card = hub.repos[REPO][-1]['README.md'].decode()
+    assert f"timm.create_model('hf-hub:{REPO}', pretrained=True)" in card
+    assert 'local-dir' not in card
+
+
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'convnext_atto_mrla', 'deit_tiny_distilled_mrla'])
 def test_what_a_card_says_of_the_layers(name):
     """Its module names and parameter counts are right, and its layer for Grad-CAM maps a tensor to a tensor."""
@@ -274,6 +296,8 @@ def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
     assert "'resnet18' is no model of timm-mrla" in refusal('nowhere.pth', REPO, '--model', 'resnet18')
     assert 'dataset' in refusal('nowhere.pth', REPO, '--model', 'resnet18_mrla', '--metric', 'accuracy=0.7')
     assert 'holds no model' in refusal(tmp_path, REPO)
+    assert 'leave out --model' in refusal(folder, REPO, '--model', 'resnet34_mrla')
+    assert 'leave out --model' in refusal(folder, REPO, '--model-kwargs', 'in_chans=1')
     assert 'README.md: write its licence' in refusal(folder, REPO, '--license', 'mit')
     for name, file, content in (
         ('torn', 'model.safetensors', (folder / 'model.safetensors').read_bytes()[:5000]),

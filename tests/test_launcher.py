@@ -90,6 +90,7 @@ def test_a_module_finds_itself_as_under_python(launcher, module, tmp_path):
     assert 'package.' in expected.stdout
 
 
+@pytest.mark.slow
 def test_models_are_registered_for_a_module(tmp_path):
     write(tmp_path, "import timm; print(timm.create_model('resnet18_mrla', device='meta').num_classes)")
     assert run(STARTED, *AS_MODULE, cwd=tmp_path).stdout == '1000\n'
@@ -160,7 +161,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(('target', 'code', 'returncode'), slow_except([ENDS[2], ENDS[4]], ENDS))
+@pytest.mark.parametrize(('target', 'code', 'returncode'), slow_except([ENDS[2]], ENDS))
 def test_exit_codes_and_tracebacks_are_those_of_python(target, code, returncode, tmp_path):
     write(tmp_path, code)
     expected = run(PYTHON, *target, cwd=tmp_path)
@@ -208,11 +209,9 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('target', 'method'),
-    slow_except(
-        [(SCRIPT, 'spawn')], [(SCRIPT, 'spawn'), (AS_MODULE, 'spawn'), (SCRIPT, 'fork'), (SCRIPT, 'forkserver')]
-    ),
+    ('target', 'method'), [(SCRIPT, 'spawn'), (AS_MODULE, 'spawn'), (SCRIPT, 'fork'), (SCRIPT, 'forkserver')]
 )
 def test_workers(target, method, tmp_path):
     write(tmp_path, WORKERS)
@@ -263,6 +262,16 @@ def test_a_missing_script_is_one_line(tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "'train.py'" in line
     assert 'github.com/huggingface/pytorch-image-models' in line
+
+
+def test_a_binary_file_is_no_script(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'last.pth').write_bytes(b'\x89\0\1')
+    monkeypatch.setattr(sys, 'argv', ['timm-mrla', 'run', str(tmp_path / 'last.pth')])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("last.pth' is a binary file, no Python script")
 
 
 @pytest.mark.slow

@@ -124,6 +124,7 @@ def test_every_ceit_builds(name):
     assert timm.models.model_entrypoint(name).__doc__
 
 
+@pytest.mark.slow
 def test_names_that_timm_adds_later():
     """A new entry of a module gets layer attention by itself, and its tags are warm starts.
 
@@ -198,5 +199,28 @@ print(timm.create_model('resnet18_mrla', device='meta').num_classes)
 
 
 def test_no_weights_are_pretended():
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for resnet18_mrla'):
+    """The error names the warm starts."""
+    starts = ', '.join(timm.list_pretrained('resnet18_mrla.*')[:5])
+    with pytest.raises(RuntimeError, match=rf'No pretrained weights exist for resnet18_mrla; .* {starts} and \d+ more'):
         timm.create_model('resnet18_mrla', pretrained=True)
+    with pytest.raises(RuntimeError, match='for ceit_tiny_mrla; it has no warm start either'):
+        timm.create_model('ceit_tiny_mrla', pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ('name', 'own'),
+    [
+        ('resnet18_mrla', 'mrla_adapter, mrla_blocks, mrla_drop_path, mrla_identity, mrla_recompute'),
+        ('vit_tiny_patch16_224_mrla', 'mrla_adapter, mrla_blocks, mrla_drop_path, mrla_identity, mrla_recompute'),
+        (
+            'deit_tiny_mrlab',
+            'mrla_adapter, mrla_blocks, mrla_drop_path, mrla_identity, mrla_recompute, mrla_stage_depth',
+        ),
+        ('ceit_tiny_mrla', 'mrla_recompute'),
+    ],
+)
+def test_an_argument_that_does_not_exist(name, own):
+    """The error has the name of the entry, and the arguments that exist."""
+    message = f'{name} has no argument mrla_block; its arguments of layer attention are {own}'
+    with pytest.raises(TypeError, match=f'^{message}$'):
+        timm.create_model(name, device='meta', mrla_block='layer4.*')

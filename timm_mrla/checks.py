@@ -27,13 +27,17 @@ def check_mrla_name(name: str) -> None:
 
 
 def check_checkpoint(path: str) -> None:
-    """Raise ValueError if there is no such file."""
+    """Raise ValueError if there is no such file, or nothing in it."""
     if not os.path.isfile(path):
         raise ValueError(f'there is no checkpoint {path!r}')
+    if not os.path.getsize(path):
+        raise ValueError(f'the checkpoint {path!r} is an empty file')
 
 
 def check_new_folder(folder: str | os.PathLike) -> None:
-    """Raise FileExistsError if the folder exists, PermissionError if it cannot be made."""
+    """Raise an OSError if the folder has no name, exists or cannot be made."""
+    if not os.fspath(folder):
+        raise FileNotFoundError('the name of the folder is empty')
     if os.path.lexists(folder):
         raise FileExistsError(f'{str(folder)!r} exists; remove it or name another folder')
     parent = next(parent for parent in Path(folder).absolute().parents if parent.exists())
@@ -60,9 +64,12 @@ def explain_build_errors(name: str, model_kwargs: dict[str, Any]) -> Iterator[No
     try:
         yield
     except Exception as e:
-        if model_kwargs and isinstance(e, TypeError):
-            raise ValueError(f'{name} cannot be built with {model_kwargs}: {e}') from e
+        cause = e.__cause__ or e
+        reason = f'{type(cause).__name__}: {cause}'
+        one_sentence = isinstance(e, ValueError | RuntimeError | OSError) and str(e)
+        if model_kwargs and not one_sentence:  # timm looks a name up, or computes with a value of another type
+            reason = str(e) if isinstance(e, TypeError) else reason
+            raise ValueError(f'{name} cannot be built with {model_kwargs}: {reason}') from e
         if ':' not in name:
             raise
-        reason = e.__cause__ or e
-        raise ValueError(f'{name!r} holds no model that timm can load: {type(reason).__name__}: {reason}') from e
+        raise ValueError(f'{name!r} holds no model that timm can load: {reason}') from e

@@ -144,7 +144,8 @@ def push_to_hub(
     """
     check_repo(repo_id)
     card = card or model_card(model, f'hf-hub:{repo_id}')
-    card.content = re.sub(r'local-dir:[^\'"`]+', f'hf-hub:{repo_id}', card.content)
+    literal = r"""(['"`])local-dir:(\\.|(?!\1).)+\1"""  # in quotes, which the folder's name may have too
+    card.content = re.sub(literal, f"'hf-hub:{repo_id}'", card.content)
     with tempfile.TemporaryDirectory() as tmp:
         folder = os.path.join(tmp, 'model')
         save_pretrained(model, folder, card)

@@ -1,7 +1,7 @@
 """Writes model cards: metadata for the Hugging Face Hub, code that loads the model, facts about its layer attention."""
 
-import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.data import resolve_input_data_config
 from timm.layers import to_ntuple
 from timm.models import PretrainedCfg, model_entrypoint
 from timm.utils import unwrap_model
@@ -12,11 +12,15 @@ from timm_mrla.layers import MrlaLight, layer_attentions
 from timm_mrla.models._graft import is_lost
 from timm_mrla.models._weights import weights_source
 
-__all__ = ['check_trainable', 'model_card']
+__all__ = ['IMAGE_MODES', 'check_trainable', 'model_card']
+
+IMAGE_MODES = {1: 'L', 3: 'RGB'}  # channels -> Pillow's mode of images with so many
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError if a model is not of this package, was reparameterized, or lost layer attention."""
+    """Raise ValueError if a model is not of this package, a feature extractor, reparameterized, or lost its layers."""
+    if 'classifier' not in model.pretrained_cfg:
+        raise ValueError('a feature extractor has no classifier: save the whole model, without features_only')
     check_mrla_name(model.pretrained_cfg['architecture'])
     if not layer_attentions(model):
         raise ValueError('a reparameterized model is for inference alone; save the one that it was made from')
@@ -60,6 +64,31 @@ def describe_backbone(card: ModelCard, weights: PretrainedCfg, fingerprint: str)
 `model.safetensors` contains what was trained: layer attention and the classifier. The backbone has the weights of
 {weights_source(weights)}, unchanged, which timm loads first. Their fingerprint is `{fingerprint}`.
 """
+
+
+def _usage(model: nn.Module, name: str) -> str:
+    """Code that loads the model and runs it on an image file, or on a tensor if no image file has its channels."""
+    size = resolve_input_data_config(model)['input_size']
+    load = f'model = timm.create_model({name!r}, pretrained=True).eval()'
+    if size[0] not in IMAGE_MODES:
+        return f"""import timm
+import timm_mrla  # registers the model
+import torch
+
+{load}
+x = torch.zeros{(1, *size)}  # an image of {size[0]} channels, prepared as in training
+with torch.inference_mode():
+    probabilities = model(x).softmax(dim=1)"""
+    return f"""import timm
+import timm_mrla  # registers the model
+import torch
+from PIL import Image
+
+{load}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open('image.jpg').convert({IMAGE_MODES[size[0]]!r})
+with torch.inference_mode():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)"""
 
 
 def model_card(
@@ -108,7 +137,6 @@ def model_card(
         ]
         or None,
     )
-    mode = 'L' if timm.data.resolve_model_data_config(model)['input_size'][0] == 1 else 'RGB'
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -122,16 +150,7 @@ timm's backbone with layer attention ([MRLA, ICLR 2023](https://arxiv.org/abs/23
 `pip install timm-mrla`, then
 
 ```python
-import timm
-import timm_mrla  # registers the model
-import torch
-from PIL import Image
-
-model = timm.create_model('{name}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-image = Image.open('image.jpg').convert('{mode}')
-with torch.inference_mode():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)
+{_usage(model, name)}
 ```
 
 {_describe_layers(model)}""")

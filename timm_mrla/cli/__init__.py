@@ -26,15 +26,16 @@ def _name_value(text: str) -> tuple[str, object]:
 
 
 class _StoreDict(argparse.Action):
-    """Stores names and values as a dictionary."""
+    """Adds names and values to a dictionary."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        setattr(namespace, self.dest, dict(values))
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **dict(values)})
 
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-mrla', description='Models with layer attention (MRLA) for timm.')
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from, for a bug report')
     commands = parser.add_subparsers(dest='command', required=True)
 
     run = commands.add_parser('run', help="run a script, such as timm's, or a module with the models registered")
@@ -59,7 +60,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     card = argparse.ArgumentParser(add_help=False, parents=[kwargs])
     card.add_argument('--license', help='licence of the weights, for the model card: apache-2.0, ...')
-    card.add_argument('--dataset', nargs='*', metavar='NAME', help='what it was trained on: imagenet-1k, ...')
+    card.add_argument(
+        '--dataset', action='extend', nargs='*', metavar='NAME', help='what it was trained on: imagenet-1k, ...'
+    )
     card.add_argument('--base-model', metavar='USER/REPO', help='the model that it was trained from')
     card.add_argument(
         '--metric',
@@ -89,7 +92,9 @@ def _build_parser() -> argparse.ArgumentParser:
     attention.add_argument('images', nargs='+', metavar='IMAGE', help='path of an image; several stand side by side')
     attention.add_argument('--out', default='attention.png', help='picture to write (default: %(default)s)')
     weights = attention.add_mutually_exclusive_group()
-    weights.add_argument('--checkpoint', nargs='+', metavar='PATH', help='checkpoints to draw side by side')
+    weights.add_argument(
+        '--checkpoint', action='extend', nargs='+', metavar='PATH', help='checkpoints to draw side by side'
+    )
     weights.add_argument('--pretrained', action='store_true', help='the weights that come with the model')
     view = attention.add_mutually_exclusive_group()
     view.add_argument('--heads', action='store_true', help='draw each head')
@@ -97,7 +102,9 @@ def _build_parser() -> argparse.ArgumentParser:
     attention.add_argument('--npz', action='store_true', help='write the numbers to an .npz file beside the picture')
 
     detect = commands.add_parser('detect', help='draw what a detector finds in images')
-    detect.add_argument('model', metavar='MODEL_FOLDER', help="folder of a detector, also 'hf-hub:USER/REPO'")
+    detect.add_argument(
+        'model', metavar='MODEL_FOLDER', help="folder of a detector, also 'local-dir:FOLDER' or 'hf-hub:USER/REPO'"
+    )
     detect.add_argument('images', nargs='+', metavar='IMAGE', help='path of an image; several stand side by side')
     detect.add_argument('--out', default='detections.png', help='picture to write (default: %(default)s)')
 
@@ -109,6 +116,7 @@ def _build_parser() -> argparse.ArgumentParser:
     comparison.add_argument('script', metavar='TRAIN_PY', help="path of timm's train.py")
     comparison.add_argument(
         '--model',
+        action='extend',
         nargs='+',
         required=True,
         metavar='NAME',
@@ -131,17 +139,19 @@ def main() -> None:
     """Parse the command line and run its command."""
     parser = _build_parser()
     argv, train_args = sys.argv[1:], []
-    if argv[:1] == ['compare'] and '--' in argv:
+    if '--' in argv and next(arg for arg in argv if arg != '--traceback') == 'compare':
         end = argv.index('--')
         argv, train_args = argv[:end], argv[end + 1 :]
     args = parser.parse_args(argv)
     args.train_args = train_args
     try:
         _import_command(args.command).main(args)
-    except KeyboardInterrupt:
-        parser.exit(130, 'timm-mrla: stopped\n')  # the exit code that a shell reports
+    except KeyboardInterrupt as e:
+        parser.exit(130, f'timm-mrla: stopped{e}\n')  # the exit code that a shell reports
     except (ValueError, RuntimeError, OSError) as e:
-        parser.exit(2, f'timm-mrla: {" ".join(str(e).split())}\n')
+        if args.traceback:
+            raise
+        parser.exit(2, f'timm-mrla: {" ".join(str(e).split()) or type(e).__name__}\n')
 
 
 def _import_command(command: str) -> ModuleType:

@@ -10,13 +10,14 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_input_data_config
 from torch import nn
 
 from timm_mrla.attention import feature_maps, layer_attention, layer_of_block, layers_by_block
 from timm_mrla.checkpoints import load_checkpoint
 from timm_mrla.checks import check_checkpoint, check_model_name, explain_build_errors
 from timm_mrla.cli.images import check_picture_path, open_image
+from timm_mrla.model_card import IMAGE_MODES
 from timm_mrla.plot import plot_attention, plot_feature_maps
 
 
@@ -28,22 +29,30 @@ def build(args: argparse.Namespace, checkpoint: str | None = None, **kwargs) -> 
         return timm.create_model(args.model, **kwargs, **args.model_kwargs)
 
 
-def check_blocks(args: argparse.Namespace) -> None:
-    """Raise ValueError if the model has no layer attention, or none in the given block; reads no weights."""
+def check_model(args: argparse.Namespace) -> None:
+    """Raise ValueError if the model has no layer attention, or none in the given block, or takes no images of files.
+
+    No weights are read.
+    """
     if ':' not in args.model:  # timm finds out which model a folder or repository contains
         check_model_name(args.model)
     model = build(args, device='meta')
-    if args.features:
-        layer_of_block(model, args.features)
-    else:
+    if args.features is None:
         layers_by_block(model)
+    else:
+        layer_of_block(model, args.features)
+    channels = resolve_input_data_config(model)['input_size'][0]
+    if channels not in IMAGE_MODES:
+        raise ValueError(
+            f'{args.model} takes images of {channels} channels, and image files have 1 or 3: use '
+            'timm_mrla.layer_attention and feature_maps, which take tensors'
+        )
 
 
 def to_batch(images: list[Image.Image], model: nn.Module) -> torch.Tensor:
-    """Transform images as the model needs them."""
-    data_config = resolve_model_data_config(model)
-    transform = create_transform(**data_config)
-    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+    """Transform images to the model's own input size and channels."""
+    data_config = resolve_input_data_config(model)
+    transform, mode = create_transform(**data_config), IMAGE_MODES[data_config['input_size'][0]]
     return torch.stack([transform(image.convert(mode)) for image in images])
 
 
@@ -68,17 +77,19 @@ def main(args: argparse.Namespace) -> None:
     for path in args.checkpoint or []:
         check_checkpoint(path)
     images = [open_image(image) for image in args.images]
-    check_blocks(args)
+    check_model(args)
 
     found, titles = [], []
     for checkpoint in args.checkpoint or [None]:
         model = build(args, checkpoint, pretrained=args.pretrained)
         batch = to_batch(images, model)
-        found.append(feature_maps(model, batch, args.features) if args.features else layer_attention(model, batch))
+        found.append(
+            feature_maps(model, batch, args.features) if args.features is not None else layer_attention(model, batch)
+        )
         weights = checkpoint or (args.model if args.pretrained else 'random weights')
         titles += [f'{image}, {weights}' for image in args.images]
 
-    draw = draw_features if args.features else draw_attention
+    draw = draw_attention if args.features is None else draw_features
     figure, numbers = draw(found, args, model.pretrained_cfg['architecture'], titles)
     with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
         figure.savefig(Path(tmp, out.name))

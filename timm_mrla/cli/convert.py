@@ -17,4 +17,4 @@ def main(args: argparse.Namespace) -> None:
     model = load_checkpoint(args.checkpoint, args.model, **args.model_kwargs)
     name = f'local-dir:{args.out}'
     save_pretrained(model, args.out, model_card(model, name, **metadata))
-    print(f"{args.model} with {model.num_classes} classes: timm.create_model('{name}', pretrained=True)")
+    print(f'{args.model} with {model.num_classes} classes: timm.create_model({name!r}, pretrained=True)')

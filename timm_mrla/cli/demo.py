@@ -102,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     name = f'local-dir:{args.out}'
     print(f"""
 test accuracy:                                {accuracy:.2%}
-of timm.create_model('{name}'): {test_digits(name):.2%}
+of timm.create_model({name!r}): {test_digits(name):.2%}
 
 On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with timm's train.py:
   timm-mrla run train.py --data-dir DATA --model {args.model} --num-classes N --amp --channels-last""")

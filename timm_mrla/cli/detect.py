@@ -6,13 +6,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn.functional import pad
 from torchvision.transforms.functional import convert_image_dtype, pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from timm_mrla.cli.images import check_picture_path, open_image
+from timm_mrla.cli.images import check_picture_path, open_image, picture_endings
 from timm_mrla.detection import from_pretrained
 
 _MIN_SCORE = 0.5  # detections with a lower score are not drawn
@@ -46,7 +45,7 @@ def side_by_side(pictures: list[torch.Tensor]) -> torch.Tensor:
 def main(args: argparse.Namespace) -> None:
     """Read the images, load the detector, and write the picture."""
     out = Path(args.out)
-    check_picture_path(out, Image.registered_extensions())
+    check_picture_path(out, picture_endings())
     pictures = [pil_to_tensor(open_image(image).convert('RGB')) for image in args.images]
     detector = from_pretrained(args.model).eval()
     picture = side_by_side([draw_detections(picture, detector) for picture in pictures])

@@ -1,10 +1,23 @@
 """Reads the images, and checks the path of the picture, for commands that draw."""
 
+import io
 import os
 from collections.abc import Container
 from pathlib import Path
 
 from PIL import Image
+
+
+def picture_endings() -> set[str]:
+    """Endings of pictures that Pillow writes. It registers more: some formats are only read, or have no colours."""
+    picture, endings = Image.new('RGB', (1, 1)), set()
+    for ending, kind in Image.registered_extensions().items():
+        try:
+            picture.save(io.BytesIO(), kind)
+        except (OSError, KeyError, ValueError):  # by each format in its own way
+            continue
+        endings.add(ending)
+    return endings
 
 
 def check_picture_path(path: Path, endings: Container[str]) -> None:

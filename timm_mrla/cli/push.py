@@ -16,6 +16,8 @@ def main(args: argparse.Namespace) -> None:
     metadata = dict(license=args.license, datasets=args.dataset, base_model=args.base_model, metrics=args.metric)
     card = None
     if os.path.isdir(args.source):
+        if args.model is not None or args.model_kwargs:
+            raise ValueError(f'{args.source!r} says itself which model it holds: leave out --model and --model-kwargs')
         model, card = load_folder(args.source)
         if card and any(metadata.values()):
             raise ValueError(f'{args.source!r} has a model card, README.md: write its licence, data and results there')

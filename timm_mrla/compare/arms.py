@@ -1,11 +1,14 @@
 """The arms of a comparison: a model with layer attention, and its plain backbone."""
 
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import timm
 from timm.models import is_model_pretrained
+from timm.utils import ParseKwargs
 
-from timm_mrla.checks import check_model_name
+from timm_mrla.checks import check_model_name, explain_build_errors
 from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
 from timm_mrla.models._weights import TAG
 
@@ -27,6 +30,21 @@ class Arm:
         """Whether the model has no layer attention."""
         return self.model.partition('.')[0] not in BACKBONES
 
+    def kwargs(self, shared: Iterable[str]) -> list[str]:
+        """The arguments of all arms that are for this model too, and its own."""
+        return [*(arg for arg in shared if not (self.is_plain and arg.startswith('mrla_'))), *self.model_args]
+
+    def check(self, shared: Iterable[str]) -> None:
+        """Raise ValueError if the model cannot be built with its arguments; they are read as train.py does."""
+        kwargs = self.kwargs(shared)
+        for arg in kwargs:
+            name, equals, _ = arg.partition('=')
+            if not (name and equals):
+                raise ValueError(f'{arg!r} of {self.name} is no argument with a value, such as mrla_identity=True')
+        ParseKwargs([], 'kwargs')(None, parsed := Namespace(), kwargs)
+        with explain_build_errors(self.model, parsed.kwargs):
+            timm.create_model(self.model, device='meta', **parsed.kwargs)
+
 
 def plain_and_ours(name: str, kwargs: Iterable[str] = ()) -> tuple[Arm, Arm]:
     """The arms for a model: its plain backbone, and the model itself.
@@ -38,9 +56,6 @@ def plain_and_ours(name: str, kwargs: Iterable[str] = ()) -> tuple[Arm, Arm]:
     """
     model, *own = name.split('+')
     check_model_name(model)
-    for arg in own:
-        if '=' not in arg:
-            raise ValueError(f'{arg!r} in {name!r} is no argument with a value, such as mrla_identity=True')
     entry, _, tag = model.partition('.')
     if entry not in BACKBONES:
         raise ValueError(f'{model!r} has no plain backbone in timm that it could be compared with')

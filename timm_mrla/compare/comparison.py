@@ -7,7 +7,8 @@ results.md and results.png are made from these only, so the same command continu
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,21 @@ from timm_mrla.compare.train_args import parse_train_args
 __all__ = ['compare']
 
 
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Give a path to write a file at; move it to its place afterwards, or leave nothing if it cannot be written."""
+    part = path.with_name(f'{path.stem}.part{path.suffix}')
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{str(path)!r} cannot be written: {e}') from e
+
+
 def _write(path: Path, text: str) -> None:
-    """Write a file in one step, so that it is never half written."""
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    os.replace(part, path)
+    with _replaced(path) as part:
+        part.write_text(text)
 
 
 def _open_folder(out: Path, comparison: dict[str, Any]) -> None:
@@ -75,13 +86,15 @@ def compare(
 
     Raises:
         ValueError: An argument is wrong, train.py does not write the metric, or no run came to its end.
+        OSError: A file cannot be written, such as on a full disk.
     """
     if not os.path.isfile(script):
         raise ValueError(
             f"there is no script {script!r}; timm's train.py is at the top of its repository, "
             'https://github.com/huggingface/pytorch-image-models'
         )
-    if not re.search(rf"""['"]{re.escape(metric)}['"]""", Path(script).read_text()):
+    code = Path(script).read_text(errors='replace')
+    if not (metric and re.search(rf"""['"]{re.escape(metric)}['"]""", code)):
         raise ValueError(f"{script} writes no metric {metric!r}; timm's writes top1, top5 and loss")
     if seeds < 2:
         raise ValueError(f'--seeds {seeds} is less than 2, and an interval needs two')
@@ -89,10 +102,12 @@ def compare(
         raise ValueError('there are no devices to run on')
     args = parse_train_args(train_args)
     pairs = {model: plain_and_ours(model, args.model_kwargs) for model in models}
+    arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
+    for arm in arms:
+        arm.check(args.model_kwargs)
     path = Path(out)
     config = {'config': Path(args.config).read_text()} if args.config else {}
     _open_folder(path, {'models': models, 'arguments': train_args, **config})
-    arms = dict.fromkeys(arm for pair in pairs.values() for arm in pair)
     runs = [Run(arm, seed, path / 'runs' / arm.name / str(seed)) for seed in range(seeds) for arm in arms]
     check_metric(runs, f'eval_{metric}')
     try:
@@ -111,5 +126,6 @@ def compare(
     }
     _write(path / 'results.json', json.dumps(results, indent=2) + '\n')
     _write(path / 'results.md', report(results))
-    plot_comparison(results).savefig(path / 'results.png')
+    with _replaced(path / 'results.png') as part:
+        plot_comparison(results).savefig(part)
     return results

@@ -1,5 +1,6 @@
 """Statistics of paired runs: mean difference, t interval, conclusion in words."""
 
+import math
 from typing import NamedTuple
 
 from scipy import stats
@@ -21,7 +22,9 @@ class Interval(NamedTuple):
 
 
 def interval(values: list[float]) -> Interval:
-    """Mean and t interval of two or more values, such as paired differences."""
+    """Mean and t interval of two or more values, such as paired differences; ValueError if one is not finite."""
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f'{values} are not finite, so that they have no interval')
     found = stats.ttest_1samp(values, 0)
     return Interval(sum(values) / len(values), *map(float, found.confidence_interval(0.95)))
 
@@ -29,7 +32,7 @@ def interval(values: list[float]) -> Interval:
 def conclusion(model: str, plain: str, metric: str, found: Interval, pairs: int, lower_is_better: bool) -> str:
     """Say in one sentence what the mean difference between a model and its plain backbone means."""
     numbers = f'{metric} {found.text("+.3g")} over {pairs} seeds'
-    if not (found.low > 0 or found.high < 0):  # also if a limit is nan
+    if found.low <= 0 <= found.high:
         return f'No difference was found between {model} and {plain}: {numbers}; all within the interval is possible.'
     word = 'worse' if (found.mean < 0) != lower_is_better else 'better'
     caution = '; so few seeds give a lead, not a result' if pairs < 5 else ''

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import os
 import re
 import subprocess
@@ -49,13 +50,25 @@ class Run:
         """The output of train.py so far."""
         return self.log_path.read_text(errors='replace') if self.log_path.exists() else ''
 
-    def rows(self) -> dict[int, dict[str, str]]:
-        """Rows of train.py's summary.csv so far, by epoch. A resumed run repeats the header, which is skipped."""
+    def rows(self) -> dict[int, dict[str, float]]:
+        """Rows of train.py's summary.csv so far, by epoch. A resumed run repeats the header, which is skipped.
+
+        Raises:
+            ValueError: The file is not as train.py writes it.
+        """
         path = self.folder / 'summary.csv'
         if not path.exists():
             return {}
-        with open(path, newline='') as f:
-            return {int(row['epoch']): row for row in csv.DictReader(f) if row['epoch'].isdigit()}
+        try:
+            with open(path, newline='') as f:
+                rows = [row for row in csv.DictReader(f) if row['epoch'] != 'epoch']
+            return {int(row.pop('epoch')): {name: float(value) for name, value in row.items()} for row in rows}
+        except (ValueError, TypeError, LookupError, csv.Error) as e:  # a file may contain anything
+            raise ValueError(f'{str(path)!r} is not what train.py writes: {e}; remove {str(self.folder)!r}') from e
+
+    def diverged(self) -> bool:
+        """Whether a loss or a metric is not finite in some epoch."""
+        return not all(math.isfinite(value) for row in self.rows().values() for value in row.values())
 
     def progress(self) -> float:
         """The finished part of the run, in [0, 1]; 1 only once the last epoch is in summary.csv."""
@@ -73,11 +86,10 @@ class Run:
         """Start train.py, from its last checkpoint if there is one."""
         last = self.folder / 'last.pth.tar'
         self.folder.mkdir(parents=True, exist_ok=True)
-        kwargs = [kwarg for kwarg in args.model_kwargs if not (self.arm.is_plain and kwarg.startswith('mrla_'))]
         command = [sys.executable, str(_LAUNCHER), script, *args.rest]
         command += ['--model', self.arm.model, '--seed', str(self.seed)]
         command += ['--output', str(self.folder.parent), '--experiment', self.folder.name]
-        command += ['--model-kwargs', *kwargs, *self.arm.model_args]
+        command += ['--model-kwargs', *self.arm.kwargs(args.model_kwargs)]
         command += ['--device', args.device, '--device-modules', *args.device_modules, 'timm_mrla.compare.train_hooks']
         command += ['--pretrained'] * ('.' in self.arm.model) + (['--resume', str(last)] if last.exists() else [])
         env = {**os.environ, 'CUDA_VISIBLE_DEVICES': device} if device else None
@@ -89,10 +101,8 @@ class Run:
         log, rows = self.log(), sorted(self.rows().items())
         speeds = {epoch: float(speed) for epoch, _, speed in _STEP.findall(log)}
         return {
-            'curves': {
-                name: {epoch: float(row[name]) for epoch, row in rows} for name in rows[0][1] if name != 'epoch'
-            },
-            'parameters': int(_PARAMETERS.findall(log)[-1]),
+            'curves': {name: {epoch: row[name] for epoch, row in rows} for name in rows[0][1]},
+            'parameters': max(map(int, _PARAMETERS.findall(log)), default=None),
             'images_per_second': median(speeds.values()),
             'peak_memory_mib': max(map(int, _MEMORY.findall(log)), default=None),
         }
@@ -101,7 +111,7 @@ class Run:
 def check_metric(runs: list[Run], column: str) -> None:
     """Raise ValueError if a run has written its first epoch without this column."""
     for run in runs:
-        row = next(iter(run.rows().values()), {column: ''})
+        row = next(iter(run.rows().values()), {column: 0.0})
         if column not in row:
             written = ', '.join(name for name in row if name.startswith('eval_'))
             raise ValueError(f'train.py writes no {column}; it writes {written or "no metric at all"}')

@@ -46,8 +46,13 @@ def parse_train_args(train_args: list[str]) -> argparse.Namespace:
         if not isinstance(kwargs, dict):
             raise ValueError(f'model_kwargs in {args.config!r} are not values by name, such as drop_rate: 0.1')
         args.model_kwargs = [f'{name}={value!r}' for name, value in kwargs.items()]
-    args.device_modules = args.device_modules or config.get('device_modules') or []
-    args.device = args.device or config.get('device') or 'cuda'  # train.py's default
+    modules, device = config.get('device_modules') or [], config.get('device') or ''
+    if not (isinstance(modules, list) and all(isinstance(name, str) for name in modules)):
+        raise ValueError(f'device_modules in {args.config!r} are {modules!r}, and no list of names of modules')
+    if not isinstance(device, str):
+        raise ValueError(f'device in {args.config!r} is {device!r}, and no name of a device')
+    args.device_modules = args.device_modules or modules
+    args.device = args.device or device or 'cuda'  # train.py's default
     args.rest = [] if 'checkpoint_hist' in config else ['--checkpoint-hist', '1']
     args.rest += (['-c', args.config] if args.config else []) + rest
     return args

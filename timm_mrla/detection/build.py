@@ -81,8 +81,8 @@ def faster_rcnn(backbone: str, **kwargs) -> FasterRCNN:
     Args:
         backbone: Name of a model in timm's registry that has maps of strides 4, 8, 16 and 32.
         weights: Weights of the whole detector: the path of a checkpoint of torchvision's training script, the path of a
-            folder that `save_pretrained` wrote, or an `hf-hub:` name. A folder or repository also sets the arguments
-            that the detector was built with, unless they are given here.
+            folder that `save_pretrained` wrote, or a `local-dir:` or `hf-hub:` name. A folder or repository also sets
+            the arguments that the detector was built with, unless they are given here.
         num_classes: Number of classes, with the background; by default the number in `weights`, or 91.
         weights_backbone: Weights for the backbone at the start of training: a tag, such as `warmstart_a1_in1k`, the
             path of a checkpoint of timm's training script, or an `hf-hub:` or `local-dir:` name.

@@ -19,7 +19,7 @@ from timm_mrla.state_dict import gather_state_dict
 
 
 def from_pretrained(name: str) -> Detector:
-    """Load a detector from a folder, by its path, or from the Hub, by its `hf-hub:` name.
+    """Load a detector from a folder, by its path or `local-dir:` name, or from the Hub, by its `hf-hub:` name.
 
     Raises:
         ValueError: There is no detector that `save_pretrained` wrote, or it cannot be downloaded or read.
@@ -93,7 +93,7 @@ from PIL import Image
 from timm_mrla.detection import from_pretrained
 from torchvision.transforms.functional import to_tensor
 
-model = from_pretrained('{name}').eval()
+model = from_pretrained({name!r}).eval()
 image = to_tensor(Image.open('image.jpg').convert('RGB'))
 with torch.inference_mode():
     detections = model([image])[0]

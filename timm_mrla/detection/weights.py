@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import timm
+from timm.data import resolve_input_data_config
 from timm.models import PretrainedCfg, is_model_pretrained
 from torch import nn
 
@@ -13,6 +15,28 @@ from timm_mrla.checks import explain_build_errors
 from timm_mrla.detection.backbone import DETECTORS, Detector, any_size
 from timm_mrla.models._weights import fit_state_dict
 from timm_mrla.state_dict import StateDict
+
+
+def _check_values(name: str, saved: dict[str, Any]) -> None:
+    """Raise ValueError if an argument of a saved detector has a value of another type than torchvision needs."""
+
+    def several(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+
+    parameters = signature(DETECTORS[saved['architecture']][0]).parameters
+    numbers = [key for key, parameter in parameters.items() if isinstance(parameter.default, int | float)]
+    fits = {key: lambda value: isinstance(value, int | float) for key in (*numbers, 'num_classes')}
+    fits |= {key: lambda value: value is None or several(value) for key in ('image_mean', 'image_std')}
+    fits['min_size'] = lambda value: isinstance(value, int | float) or several(value)
+    fits['backbone'] = lambda value: isinstance(value, str)
+    fits['categories'] = lambda value: all({'id', 'name'} <= {*category} for category in value)
+    for key in fits.keys() & saved.keys():
+        try:
+            fit = fits[key](saved[key])
+        except TypeError:
+            fit = False
+        if not fit:
+            raise ValueError(f'{name!r} holds no detector that can be built: its {key} is {saved[key]!r}')
 
 
 def create_body(name: str, weights: str | None) -> nn.Module:
@@ -29,7 +53,7 @@ def create_body(name: str, weights: str | None) -> nn.Module:
         if config['architecture'] != name:
             raise ValueError(f'{weights!r} holds {config["architecture"]}, and not {name}')
         with explain_build_errors(weights, {}):
-            channels = config.get('pretrained_cfg', config)['input_size'][0]
+            channels = resolve_input_data_config(timm.create_model(weights, device='meta'))['input_size'][0]
         if channels != 3:
             raise ValueError(f'{weights!r} takes images of {channels} channels, but detectors take 3')
         return timm.create_model(weights, pretrained=True, **size)
@@ -45,14 +69,16 @@ def open_weights(name: str) -> tuple[dict[str, Any], Callable[[], StateDict]]:
 
     A folder or a repository says them all in config.json, a checkpoint only the number of classes.
     """
-    if name.startswith('hf-hub:') or os.path.isdir(name):
+    in_timm = name.startswith(('hf-hub:', 'local-dir:'))
+    if in_timm or os.path.isdir(name):
         saved = read_config(name)
         if saved['architecture'] not in DETECTORS:
-            timm_name = name if name.startswith('hf-hub:') else f'local-dir:{name}'
+            timm_name = name if in_timm else f'local-dir:{name}'
             raise ValueError(
                 f'{name!r} contains the classifier {saved["architecture"]}, not a detector. To use it as a backbone, '
                 f'pass weights_backbone={timm_name!r}'
             )
+        _check_values(name, saved)
         return saved, lambda: read_checkpoint(saved_file(name, 'model.safetensors'))
 
     state_dict = read_checkpoint(name)

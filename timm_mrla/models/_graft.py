@@ -297,6 +297,4 @@ def graft(
         host.convert(owner, **host_args)
     if identity:
         zero_output_scales(model)
-    if host_args and not hosts:
-        raise TypeError(f'{title} has no arguments {", ".join(f"mrla_{name}" for name in host_args)}')
     return blocks

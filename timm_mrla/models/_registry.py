@@ -3,8 +3,9 @@
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -121,6 +122,20 @@ def _safetensors(cfg: PretrainedCfg) -> PretrainedCfg:
     return cfg
 
 
+def _check_arguments(entry: str, kind: Kind, given: Iterable[str]) -> None:
+    """Raise TypeError if layer attention of an entry has no such argument; it names those that exist."""
+    known = ['recompute']
+    if kind:
+        module = models.model_entrypoint(entry).__module__
+        hosts = {host for cls in kind.classes.values() if cls.__module__ == module for host in cls.recipe.hosts}
+        own = (name for host in hosts for name in signature(host.convert).parameters if name != 'module')
+        known += ['adapter', *[*signature(graft).parameters][3:-1], *own]  # without the model and its kind and entry
+    for name in given:
+        if name.startswith('mrla_') and name.removeprefix('mrla_') not in known:
+            names = ', '.join(f'mrla_{name}' for name in sorted(known))
+            raise TypeError(f'{entry} has no argument {name}; its arguments of layer attention are {names}')
+
+
 def build(
     stock: Entrypoint,
     entry: str,
@@ -141,6 +156,7 @@ def build(
 
     Where a saved adapter is loaded, an overlay that names weights, such as `file`, names the backbone's.
     """
+    _check_arguments(entry, kind, kwargs)
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
     recompute, adapter = is_on('mrla_recompute', mrla_recompute), choice.pop('adapter', False)
     saved = kwargs.get('pretrained_model_args', {}).get('mrla_adapter')  # a saved adapter's fingerprint of the backbone
@@ -150,6 +166,11 @@ def build(
     if is_small and {*(pretrained_cfg_overlay or {})} & {'file', 'url', 'hf_hub_id'}:
         pretrained_cfg_overlay, backbone_overlay = None, pretrained_cfg_overlay
     cfg = _safetensors(models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay))
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        starts = models.list_pretrained(f'{entry}.*')
+        more = f' and {len(starts) - 5} more' if len(starts) > 5 else ''
+        known = f'its warm starts are {", ".join(starts[:5])}{more}' if starts else 'it has no warm start either'
+        raise RuntimeError(f'No pretrained weights exist for {entry}; {known}. Or use pretrained=False')
     starts_warm = weights.is_warm_start(cfg) and not cfg.source
     backbone = cfg if starts_warm and pretrained else None
     if pretrained and (is_small or (starts_warm and cfg.state_dict)):  # an overlay describes the given state dict
