@@ -100,7 +100,7 @@ def load_adapter(model: nn.Module, source: str) -> None:
             f"model's backbone has {model.backbone_fingerprint[:12] or 'weights of its own'}"
         )
     with explain_build_errors(source, {}):
-        args = {**get_model_args(model), **args, 'num_classes': config.get('num_classes')}
+        args = {**get_model_args(model), **args, 'num_classes': config.get('num_classes'), 'mrla_adapter': True}
         fresh = timm.create_model(entry, device='meta', **args)
     state_dict = read_checkpoint(saved_file(source, 'model.safetensors'))
     needed = {n: t.shape for n, t in fresh.state_dict().items() if n not in backbone_names(fresh)}

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from types import FunctionType
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models import _weights as weights
-from timm_mrla.models._adapter import complete, fingerprint, freeze_backbone
+from timm_mrla.models._adapter import freeze_backbone
 from timm_mrla.models._graft import BaseBlock, LightBlock, Recipe, graft
+from timm_mrla.models._loading import Loading
 from timm_mrla.state_dict import StateDict, convert_state_dict
 from timm_mrla.switches import is_on
 
@@ -112,16 +114,6 @@ def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) ->
         del scope['build_model_with_cfg']  # breaks the cycle of scope and functions, which would keep the model alive
 
 
-def _safetensors(cfg: PretrainedCfg) -> PretrainedCfg:
-    """Name the file in a repository: otherwise timm takes a failure of the network for a missing file.
-
-    It would ask for a pickle then.
-    """
-    if cfg.hf_hub_id and not cfg.hf_hub_filename and (cfg.source or cfg.hf_hub_id.startswith('timm/')):
-        return replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
-    return cfg
-
-
 def _check_arguments(entry: str, kind: Kind, given: Iterable[str]) -> None:
     """Raise TypeError if layer attention of an entry has no such argument; it names those that exist."""
     known = ['recompute']
@@ -153,35 +145,22 @@ def build(
     `mrla_adapter`, everything but layer attention and the classifier is frozen. kwargs may have the arguments of
     `graft`, as `mrla_blocks` and so on. A wrong argument raises TypeError or ValueError, also where timm asserts.
     Weights that cannot be downloaded or read, or do not fit, raise RuntimeError.
-
-    Where a saved adapter is loaded, an overlay that names weights, such as `file`, names the backbone's.
     """
     _check_arguments(entry, kind, kwargs)
     choice = {k.removeprefix('mrla_'): kwargs.pop(k) for k in [*kwargs] if kind and k.startswith('mrla_')}
     recompute, adapter = is_on('mrla_recompute', mrla_recompute), choice.pop('adapter', False)
-    saved = kwargs.get('pretrained_model_args', {}).get('mrla_adapter')  # a saved adapter's fingerprint of the backbone
-    is_small, backbone_overlay = isinstance(saved, str), None
-    if is_adapter := (is_small and adapter == saved) or is_on('mrla_adapter', adapter):
+    # a saved adapter has the fingerprint of its backbone's weights in place of True
+    saved = kwargs.get('pretrained_model_args', {}).get('mrla_adapter')
+    if is_adapter := (isinstance(saved, str) and adapter == saved) or is_on('mrla_adapter', adapter):
         choice.setdefault('identity', True)
-    if is_small and {*(pretrained_cfg_overlay or {})} & {'file', 'url', 'hf_hub_id'}:
-        pretrained_cfg_overlay, backbone_overlay = None, pretrained_cfg_overlay
-    cfg = _safetensors(models.resolve_pretrained_cfg(entry, pretrained_cfg, pretrained_cfg_overlay))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        starts = models.list_pretrained(f'{entry}.*')
-        more = f' and {len(starts) - 5} more' if len(starts) > 5 else ''
-        known = f'its warm starts are {", ".join(starts[:5])}{more}' if starts else 'it has no warm start either'
-        raise RuntimeError(f'No pretrained weights exist for {entry}; {known}. Or use pretrained=False')
-    starts_warm = weights.is_warm_start(cfg) and not cfg.source
-    backbone = cfg if starts_warm and pretrained else None
-    if pretrained and (is_small or (starts_warm and cfg.state_dict)):  # an overlay describes the given state dict
-        backbone = _safetensors(models.resolve_pretrained_cfg(entry, cfg.tag, backbone_overlay))
-    built, read = [], []  # models, and the fingerprints of their backbones' weights
+    loading = Loading(entry, pretrained, pretrained_cfg, pretrained_cfg_overlay, kwargs, is_adapter)
+    built = []
 
     def builder(model_cls, variant, *args, pretrained_filter_fn=None, pretrained_strict=True, pruned=False, **kwargs):
         def grafted(**kwargs) -> nn.Module:
             model = model_cls(**kwargs)
             if pruned:
-                model.pretrained_cfg = cfg.to_dict()
+                model.pretrained_cfg = loading.cfg.to_dict()
                 model = adapt_model_from_file(model, variant)
             if kind:
                 graft(model, kind, stock.__name__, **choice)
@@ -198,37 +177,24 @@ def build(
                 state_dict = weights.apply_filter(pretrained_filter_fn, state_dict, model)
             return state_dict
 
-        def load(state_dict: StateDict, model: nn.Module) -> StateDict:
-            if is_small:
-                read.append(saved)
-                state_dict = complete(state_dict, model, backbone, saved, convert, pretrained_strict)
-                return weights.fit_state_dict(state_dict, model, cfg)
-            converted = convert(state_dict, model)
-            if not starts_warm or any('.mrla.' in name for name in converted):
-                return weights.fit_state_dict(converted, model, cfg, pretrained_strict)
-            if is_adapter:
-                read.append(fingerprint(state_dict, cfg))
-            else:
-                weights.warn_untrained(cfg)
-            return weights.start_untrained(converted, model, cfg, pretrained_strict)
-
-        kwargs.update(pretrained_cfg=cfg, pretrained_filter_fn=load, pretrained_strict=pretrained_strict)
+        filters = partial(loading.fit, convert=convert, strict=pretrained_strict)
+        kwargs.update(pretrained_cfg=loading.cfg, pretrained_filter_fn=filters, pretrained_strict=pretrained_strict)
         return models.build_model_with_cfg(grafted, variant, pretrained, **kwargs)
 
     try:
-        tag = (cfg.tag or '').removeprefix(weights.TAG)  # some of timm's entrypoints depend on the tag
+        tag = (loading.cfg.tag or '').removeprefix(weights.TAG)  # some of timm's entrypoints depend on the tag
         model = _call_with_builder(stock, builder, pretrained=pretrained, pretrained_cfg=tag, **kwargs)
     except AssertionError as e:
         reason = str(e) or traceback.extract_tb(e.__traceback__)[-1].line
         arguments = ', '.join(f'{k}={v!r}' for k, v in kwargs.items() if isinstance(v, int | float | str | tuple))
         raise ValueError(f'{entry} cannot be built with {arguments}: {reason}') from e
     except (RuntimeError, OSError, SafetensorError) as e:
-        source = weights.weights_source(cfg)
+        source = weights.weights_source(loading.cfg)
         if not pretrained or not source or source in str(e):
             raise
         raise RuntimeError(f'{entry} cannot be loaded from {source}: {e}') from e
     if not built:
         raise ValueError(f'{entry} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
-    if weights.is_warm_start(cfg):
+    if weights.is_warm_start(loading.cfg):
         weights.drop_weights_description(model)
-    return freeze_backbone(model, backbone, *read) if is_adapter else model
+    return freeze_backbone(model, loading.backbone, loading.fingerprint) if is_adapter else model
