@@ -19,7 +19,7 @@ import torch
 import yaml
 from filelock import FileLock
 from PIL import Image
-from readme import README
+from readme import PAGES, README
 from scipy import stats
 from test_scripts import SCRIPTS
 from test_scripts import pytestmark as needs_scripts
@@ -358,6 +358,24 @@ def test_the_trend_with_depth(tmp_path):
     assert printed.count('| `resnet18') == 12
     assert ' '.join(printed.split()) in ' '.join((benchmarks / 'README.md').read_text().split())
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_tables_of_adapters(tmp_path):
+    """benchmarks/README.md has what the benchmark prints; README.md and docs/adapters.md have the differences."""
+    benchmarks, picture = Path(__file__).parent.parent / 'benchmarks', tmp_path / 'adapters.png'
+    folder = benchmarks / 'results' / 'adapters'
+    command = [sys.executable, benchmarks / 'adapters.py', 'report', folder, '--picture', picture]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert ' '.join(printed.split()) in ' '.join((benchmarks / 'README.md').read_text().split())
+    assert picture.stat().st_size > 10_000
+    tasks = [json.loads(path.read_text())['arms'] for path in folder.glob('vit-s14-*.json') if 'costs' not in path.name]
+    assert len(tasks) == 4
+    for arms in tasks:
+        ours, theirs = (arms[name]['runs'] for name in ('mrla', 'lora'))
+        found = interval([ours[seed]['top1'] - theirs[seed]['top1'] for seed in {*ours} & {*theirs}])
+        for page in (README, PAGES['docs/adapters.md']):
+            assert found.text('+.2f') in page
 
 
 @pytest.mark.slow
