@@ -221,7 +221,7 @@ def test_a_changed_file_is_refused(change, message, hub, tmp_path):
         timm.create_model(f'local-dir:{tmp_path}/adapter', pretrained=True)
     model = create(VIT)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match='does not fit|holds no weights'):
+    with pytest.raises(ValueError, match=r'does not fit|holds no weights'):
         timm_mrla.load_adapter(model, f'local-dir:{tmp_path}/adapter')
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
