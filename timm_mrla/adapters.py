@@ -103,7 +103,8 @@ def load_adapter(model: nn.Module, source: str) -> None:
         args = {**get_model_args(model), **args, 'num_classes': config.get('num_classes'), 'mrla_adapter': True}
         fresh = timm.create_model(entry, device='meta', **args)
     state_dict = read_checkpoint(saved_file(source, 'model.safetensors'))
-    needed = {n: t.shape for n, t in fresh.state_dict().items() if n not in backbone_names(fresh)}
+    frozen = backbone_names(fresh)
+    needed = {n: t.shape for n, t in fresh.state_dict().items() if n not in frozen}
     found = {n: t.shape for n, t in state_dict.items()}
     if differing := [n for n in sorted({*needed, *found}) if needed.get(n) != found.get(n)]:
         raise ValueError(f'{source!r} does not fit: it has no or another {listed(differing)}')
