@@ -161,6 +161,11 @@ class _Block:
         block.mrla = mrla.train(block.training)
 
 
+def _contiguous_if_frozen(norm: nn.GroupNorm, args: tuple[torch.Tensor]) -> torch.Tensor:
+    """Before 2.14, torch crashes on a CPU in the gradient of a group norm whose channels_last input needs none."""
+    return args[0] if args[0].requires_grad or not torch.is_grad_enabled() else args[0].contiguous()
+
+
 def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None) -> nn.Module:
     """Build a new norm like one of the block's, without activation."""
     if on_maps and type(norm) in _NORMS_2D:
@@ -172,6 +177,8 @@ def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None)
     fresh = copy.deepcopy(norm, {**copies, **{id(buffer): buffer.clone() for buffer in norm.buffers()}})
     if hasattr(fresh, 'act'):
         fresh.act = nn.Identity()
+    if isinstance(fresh, nn.GroupNorm):
+        fresh.register_forward_pre_hook(_contiguous_if_frozen)
     if getattr(fresh, 'bias', None) is None:  # torch 2.9 cannot reset a norm without bias
         nn.init.ones_(fresh.weight)
     else:
