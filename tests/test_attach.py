@@ -266,6 +266,7 @@ def compiled_in_place():
         (lambda: meta('vit_tiny_patch16_224', patch_drop_rate=0.5), {}, 'patch_drop_rate 0.5'),
         (meta, {'blocks': ['layer1.*', 'layer9.*']}, r"'layer9\.\*' matches no block"),
         (meta, {'blocks': []}, 'matches no block'),
+        (meta, {'adapter': 'perhaps'}, "adapter 'perhaps' is neither on nor off"),
     ],
     ids=[
         'attached twice',
@@ -278,6 +279,7 @@ def compiled_in_place():
         'patch dropout',
         'a pattern of nothing',
         'no pattern',
+        'no switch',
     ],
 )
 def test_mistakes_are_one_sentence_and_change_nothing(create, kwargs, message):

@@ -9,6 +9,7 @@ from timm_mrla.models._adapter import freeze_backbone
 from timm_mrla.models._graft import LightBlock, Sites, find_sites, graft
 from timm_mrla.models._registry import BACKBONES
 from timm_mrla.models._weights import backbone_cfg, drop_weights_description
+from timm_mrla.switches import is_on
 
 
 def _entry(model: nn.Module) -> str:
@@ -67,7 +68,6 @@ def attach(
         blocks: Shell-style patterns of names of blocks, such as 'stages.2.*'; by default, all supported blocks.
         identity: Whether the outputs stay bit-identical until you train; the new layers receive gradients from the
             first step. Otherwise layer attention is initialized as for training from scratch.
-
         adapter: Whether everything but layer attention and the classifier is frozen. Batch norms of the backbone keep
             their running statistics in training mode then, unless you make their parameters require gradients again.
 
@@ -75,7 +75,7 @@ def attach(
         TypeError: `model` is no model, or a pattern is no string.
         ValueError: The model has layer attention, is wrapped, or has no supported block, or a pattern matches none.
     """
-    backbone = _entry(model)
+    backbone, adapter = _entry(model), is_on('adapter', adapter)
     if layer_attentions(model):
         raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
     if wrapper := _wrapper(model):

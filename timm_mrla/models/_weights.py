@@ -94,14 +94,16 @@ def _group_matcher(groups: dict[bool, dict[str, Any]], coarse: bool = False) -> 
 
 @torch.no_grad()
 def scale_outputs(model: nn.Module, factor: float) -> None:
-    """Scale what new layers of layer attention add. With 0 they add exactly nothing until they are trained, and have the
-    head's rate under layer decay."""
+    """Scale the output of new layer attention. By 0, it adds exactly nothing until it is trained, and has the head's rate
+    under layer decay."""
     for layer in layer_attentions(model).values():
         if factor == 0.0 and isinstance(getattr(layer, 'act', None), nn.ReLU):
             raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
         for scale in layer.output_scales():
             scale.zero_() if factor == 0.0 else scale.mul_(factor)  # a product could be -0
-    if factor == 0.0 and hasattr(model, 'group_matcher'):  # a bound method would make a cycle, which keeps the model alive
+    if factor == 0.0 and hasattr(
+        model, 'group_matcher'
+    ):  # a bound method would make a cycle, which keeps the model alive
         groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
         model.group_matcher = partial(_group_matcher, groups)
 
