@@ -279,8 +279,8 @@ def graft(
     """Add layer attention of a kind to the supported blocks of a model, an entry of timm, in place.
 
     `blocks` are patterns of names, by default of all blocks; they are returned as a list. `init` scales the output at
-    the start: 1 is the paper's strength, and with 0, or with `identity`, layer attention adds exactly nothing until it is
-    trained. `without` is a part of the layer, 'v' or 'lam', that is zero and stays zero, for ablations.
+    the start: 1 is the paper's strength, and with 0, or with `identity`, layer attention adds exactly nothing until it
+    is trained. `without` is a part of the layer, 'v' or 'lam', that is zero and stays zero, for ablations.
     `drop_path` is by default the block's own in the form `post`, else 0. `host_args` go to the hosts.
     """
     init = 0.0 if is_on('mrla_identity', identity) else init

@@ -94,8 +94,8 @@ def _group_matcher(groups: dict[bool, dict[str, Any]], coarse: bool = False) -> 
 
 @torch.no_grad()
 def scale_outputs(model: nn.Module, factor: float) -> None:
-    """Scale the output of new layer attention. By 0, it adds exactly nothing until it is trained, and has the head's rate
-    under layer decay."""
+    """Scale the output of new layer attention. By 0, it adds exactly nothing until it is trained, and has the head's
+    rate under layer decay."""
     for layer in layer_attentions(model).values():
         if factor == 0.0 and isinstance(getattr(layer, 'act', None), nn.ReLU):
             raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
