@@ -659,9 +659,8 @@ WIDTHS = [(24, 8), (40, 8), (64, 2), (96, 6), (384, 24), (768, 48), (2048, 64), 
         (torch.bfloat16, (64, 4), 90),
         *(
             pytest.param(dtype, width, capability, marks=slow)
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype, capability in ((torch.float32, 80), (torch.bfloat16, 90))
             for width in WIDTHS
-            for capability in (80, 90)
         ),
         *(pytest.param(torch.float16, (width, 4), 80, marks=slow) for width in (40, 64)),
     ],

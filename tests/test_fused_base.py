@@ -426,9 +426,8 @@ def launch(dtype, C, heads):
     [
         *(
             (dtype, width, capability)
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype, capability in ((torch.float32, 80), (torch.bfloat16, 90))
             for width in [(24, 3), (40, 5), (64, 4), (384, 24), (768, 48), (2048, 128)]
-            for capability in (80, 90)
         ),
         (torch.float16, (40, 5), 80),
     ],
