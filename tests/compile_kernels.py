@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs without having one, and reads registers and spills from the assembler's log."""
+"""Compiles kernels for GPUs without having one, and reads the registers and the stack of a thread from the code."""
 
 import re
 import subprocess
@@ -46,17 +46,17 @@ def specialize(kernel, arguments):
 
 
 def resources(launch, capability):
-    """Registers and spilled bytes of a thread, on a GPU of a compute capability such as 90."""
+    """Registers of a thread and bytes of its stack, where it spills, on a GPU of a compute capability such as 90."""
     kernel, arguments, num_warps = launch
     signature, constants, attributes = specialize(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget('cuda', capability, 32)
     compiled = triton.compile(source, target=target, options={'num_warps': num_warps})
-    ptxas = next(p for p in Path(triton.__file__).parent.rglob('ptxas') if p.is_file())
-    architecture = f'sm_{capability}{"a" if capability == 90 else ""}'
-    with tempfile.NamedTemporaryFile('w', suffix='.ptx') as f:
-        f.write(compiled.asm['ptx'])
+    cuobjdump = next(p for p in Path(triton.__file__).parent.rglob('cuobjdump') if p.is_file())
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(compiled.asm['cubin'])
         f.flush()
-        command = [str(ptxas), '-v', f'-arch={architecture}', f.name, '-o', '/dev/null']
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r'Used (\d+) registers', log)[1]), int(re.search(r'(\d+) bytes spill stores', log)[1])
+        command = [str(cuobjdump), '--dump-resource-usage', f.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
+    return int(registers), int(stack)

@@ -129,7 +129,7 @@ def test_post_in_half_precision(dtype, train):
 @pytest.mark.parametrize(
     'kwargs',
     [
-        {'momentum': None, 'affine': False},
+        pytest.param({'momentum': None, 'affine': False}, marks=slow),
         pytest.param({'momentum': 0.3, 'eps': 0.1}, marks=slow),
         pytest.param({'track_running_stats': False}, marks=slow),
         pytest.param({'norm': BatchNormAct2d, 'apply_act': False}, marks=slow),
@@ -218,11 +218,11 @@ def without_bias(dim, **kwargs):
         pytest.param((3, 46, 40), (5, 9), 5, {'drop_path': 0.5}, marks=slow),
         pytest.param((2, 201, 64), (14, 14), 4, {}, marks=slow),
         pytest.param((3, 6, 192), (1, 1), 12, {}, marks=slow),
-        ((2, 13, 48), (3, 4), 3, {'norm': without_bias, 'drop_path': 0.5}),
-        ((2, 13, 48), (3, 4), 3, {'norm': RmsNorm}),
-        ((2, 13, 48), (3, 4), 3, {'norm_o': False}),
+        pytest.param((2, 13, 48), (3, 4), 3, {'norm': without_bias, 'drop_path': 0.5}, marks=slow),
+        pytest.param((2, 13, 48), (3, 4), 3, {'norm': RmsNorm}, marks=slow),
+        pytest.param((2, 13, 48), (3, 4), 3, {'norm_o': False}, marks=slow),
         pytest.param((2, 5, 9, 96), None, 6, {'layout': 'NHWC'}, marks=slow),
-        ((2, 40, 5, 6), None, 4, {'layout': 'NCHW', 'norm': LayerNorm2d, 'drop_path': 0.5}),
+        pytest.param((2, 40, 5, 6), None, 4, {'layout': 'NCHW', 'norm': LayerNorm2d, 'drop_path': 0.5}, marks=slow),
     ],
 )
 def test_pre(shape, grid, heads, kwargs):
@@ -234,7 +234,8 @@ def test_pre(shape, grid, heads, kwargs):
 
 
 @kernels
-@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=slow), torch.bfloat16], ids=str)
+@slow
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_pre_in_half_precision(dtype):
     torch.manual_seed(0)
     x, o = (torch.randn(2, 21, 48, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -268,6 +269,7 @@ def test_autocast_gives_the_dtype_of_the_plain_layer(form, x_dtype):
 
 
 @kernels
+@slow
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
     layer, inputs = post(32, 2), [maps(2, 32, 5, 5).requires_grad_() for _ in range(2)]
@@ -279,7 +281,7 @@ def test_two_runs_give_the_same_bits():
 
 
 @kernels
-@pytest.mark.parametrize('form', ['post', 'pre'])
+@pytest.mark.parametrize('form', ['post', pytest.param('pre', marks=slow)])
 def test_second_derivatives_are_refused_in_one_sentence(form):
     layer, x = (post(32, 2), maps(2, 32, 4, 4)) if form == 'post' else (pre(32, 2), torch.randn(2, 16, 32))
     x = x.to(DEVICE).requires_grad_()
@@ -289,7 +291,7 @@ def test_second_derivatives_are_refused_in_one_sentence(form):
 
 
 @kernels
-@pytest.mark.parametrize('form', ['post', 'pre', 'folded'])
+@pytest.mark.parametrize('form', [pytest.param('post', marks=slow), 'pre', 'folded'])
 def test_ops_follow_the_rules_of_torch(form):
     x = maps(2, 32, 3, 4).requires_grad_(form != 'folded')
     qk, w, lam = (torch.randn(*shape, device=DEVICE) for shape in ((2, 3), (9, 32), (32,)))
@@ -306,7 +308,8 @@ def test_ops_follow_the_rules_of_torch(form):
 
 
 @kernels
-@pytest.mark.parametrize('form', ['post', pytest.param('pre', marks=slow), pytest.param('folded', marks=slow)])
+@slow
+@pytest.mark.parametrize('form', ['post', 'pre', 'folded'])
 def test_compiled_the_op_is_one_node_of_one_graph(form):
     torch.manual_seed(0)
     layer, x = (pre(32, 2), torch.randn(2, 13, 32).to(DEVICE)) if form == 'pre' else (post(32, 2), maps(2, 32, 3, 4))
@@ -648,21 +651,18 @@ def launch_pre(dtype, C, heads):
         light_pre_backward.backward(d, x, o, (7, 7), qk, w, lam, *norms, scale, *saved, rms, torch.bfloat16)
 
 
+COMPILED_FOR = ((torch.float32, 80), (torch.bfloat16, 90))
 WIDTHS = [(24, 8), (40, 8), (64, 2), (96, 6), (384, 24), (768, 48), (2048, 64), (3072, 192)]
 
 
+@slow
 @pytest.mark.skipif(INTERPRETER, reason='the interpreter compiles nothing')
-@pytest.mark.parametrize('launch', [launch_post, pytest.param(launch_pre, marks=slow)])
+@pytest.mark.parametrize('launch', [launch_post, launch_pre])
 @pytest.mark.parametrize(
     ('dtype', 'width', 'capability'),
     [
-        (torch.bfloat16, (64, 4), 90),
-        *(
-            pytest.param(dtype, width, capability, marks=slow)
-            for dtype, capability in ((torch.float32, 80), (torch.bfloat16, 90))
-            for width in WIDTHS
-        ),
-        *(pytest.param(torch.float16, (width, 4), 80, marks=slow) for width in (40, 64)),
+        *((dtype, width, capability) for dtype, capability in COMPILED_FOR for width in WIDTHS),
+        *((torch.float16, (width, 4), 80) for width in (40, 64)),
     ],
 )
 def test_kernels_compile_for_gpus_and_spill_nothing(launch, dtype, width, capability, monkeypatch):

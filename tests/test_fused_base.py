@@ -112,7 +112,7 @@ def test_post_in_half_precision(dtype, train):
 @pytest.mark.parametrize(
     'kwargs',
     [
-        {'momentum': None, 'affine': False},
+        pytest.param({'momentum': None, 'affine': False}, marks=slow),
         pytest.param({'momentum': 0.3, 'eps': 0.1}, marks=slow),
         pytest.param({'track_running_stats': False}, marks=slow),
     ],
@@ -197,7 +197,8 @@ def test_pre(shape, grid, heads, before, kwargs):
 
 
 @kernels
-@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=slow), torch.bfloat16], ids=str)
+@slow
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_pre_in_half_precision(dtype):
     torch.manual_seed(0)
     x = torch.randn(2, 21, 48, device=DEVICE, dtype=dtype)
@@ -212,7 +213,7 @@ def run_stage(stage, x, feat_size=None):
 
 
 @kernels
-@pytest.mark.parametrize('form', ['post', 'pre'])
+@pytest.mark.parametrize('form', ['post', pytest.param('pre', marks=slow)])
 def test_a_stage(form):
     """Gradients of a value from later blocks count once; each layer reads the outputs of the layer before."""
     torch.manual_seed(0)
@@ -260,6 +261,7 @@ def test_autocast_gives_the_dtypes_of_the_plain_layer(form, x_dtype):
 
 
 @kernels
+@slow
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
     layer, inputs = post(32, 2), [t.requires_grad_() for t in (maps(2, 32, 5, 5), *memory_of(2, 2, 32, 2, 5, 5))]
@@ -296,7 +298,8 @@ def test_ops_follow_the_rules_of_torch(form, before):
 
 
 @kernels
-@pytest.mark.parametrize('form', ['post', pytest.param('pre', marks=slow), pytest.param('folded', marks=slow)])
+@slow
+@pytest.mark.parametrize('form', ['post', 'pre', 'folded'])
 def test_compiled_the_ops_are_nodes_of_one_graph(form):
     torch.manual_seed(0)
     stage = nn.ModuleList(pre(32, 2) if form == 'pre' else post(32, 2) for _ in range(2))
@@ -419,16 +422,16 @@ def launch(dtype, C, heads):
     base.folded(torch.empty(2, 49, C, dtype=dtype), [key], [value], [7, 7], qk, w, p, p, heads)
 
 
+COMPILED_FOR = ((torch.float32, 80), (torch.bfloat16, 90))
+WIDTHS = [(24, 3), (40, 5), (64, 4), (384, 24), (768, 48), (2048, 128)]
+
+
 @slow
 @pytest.mark.skipif(INTERPRETER, reason='the interpreter compiles nothing')
 @pytest.mark.parametrize(
     ('dtype', 'width', 'capability'),
     [
-        *(
-            (dtype, width, capability)
-            for dtype, capability in ((torch.float32, 80), (torch.bfloat16, 90))
-            for width in [(24, 3), (40, 5), (64, 4), (384, 24), (768, 48), (2048, 128)]
-        ),
+        *((dtype, width, capability) for dtype, capability in COMPILED_FOR for width in WIDTHS),
         (torch.float16, (40, 5), 80),
     ],
 )
