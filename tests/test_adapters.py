@@ -9,6 +9,7 @@ import timm
 import torch
 from hub import add_backbone
 from huggingface_hub import ModelCard, constants
+from slow import slow
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -285,7 +286,7 @@ def test_sync_batch_norm_and_averages_keep_the_backbone(hub):
     assert not torch.equal(model.layer1[0].mrla.norm.running_mean, torch.zeros(32))
 
 
-@pytest.mark.parametrize('how', ['checkpointed', 'recomputed', 'compiled', 'autocast'])
+@pytest.mark.parametrize('how', ['checkpointed', 'recomputed', slow('compiled'), 'autocast'])
 @every
 def test_however_it_is_trained(how, name, hub):
     """Gradients are those of the plain loop, though the first input of a frozen backbone requires none."""

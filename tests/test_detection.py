@@ -281,7 +281,8 @@ def test_maps_are_chosen_by_their_stride():
     assert [y.shape[-1] for y in maps.values()] == [16, 8, 4, 2, 1]
 
 
-@pytest.mark.parametrize('builder', slow_except([faster_rcnn], ALL))
+@pytest.mark.slow
+@pytest.mark.parametrize('builder', ALL)
 def test_a_folder_and_the_hub(builder, hub, tmp_path):
     kwargs = {**SMALL, **ALL[builder], 'detections_per_img' if builder is retina_net else 'box_detections_per_img': 5}
     model = builder('resnet18_mrla', categories=CATEGORIES, image_mean=[0.5, 0.4, 0.3], **kwargs)

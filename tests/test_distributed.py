@@ -116,6 +116,7 @@ def train_one_image(rank, checkpoint, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_of_a_detector_are_those_of_the_whole_batch(tmp_path):
     """RetinaNet, because its losses are means over images and involve no random sampling."""
     checkpoint = write_checkpoint(tmp_path / 'checkpoint', 'resnet18_mrla')

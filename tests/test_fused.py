@@ -352,6 +352,14 @@ def test_models_train_as_they_do_plain(name):
 
 @kernels
 @slow
+@pytest.mark.parametrize('name', ['test_resnet_mrla', 'test_vit_mrla'])
+def test_an_adapter_trains_as_it_does_plain(name):
+    """On a frozen backbone, where x and o of the first block need no gradient."""
+    assert_trains_as_plain(*model_and_images(name, (32, 32), mrla_adapter=True))
+
+
+@kernels
+@slow
 def test_reparameterized_models_run_in_the_kernels():
     model, x = model_and_images('test_resnet_mrla', MODELS['test_resnet_mrla'])
     with torch.no_grad():

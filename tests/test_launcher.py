@@ -161,7 +161,8 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(('target', 'code', 'returncode'), slow_except([ENDS[2]], ENDS))
+@pytest.mark.slow
+@pytest.mark.parametrize(('target', 'code', 'returncode'), ENDS)
 def test_exit_codes_and_tracebacks_are_those_of_python(target, code, returncode, tmp_path):
     write(tmp_path, code)
     expected = run(PYTHON, *target, cwd=tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from flops import backbone
-from slow import slow_except
+from slow import slow, slow_except
 from timm.models import VisionTransformer, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -412,7 +412,7 @@ FEATURES += [('efficientnet_b0_mrla', feature_cls) for feature_cls in (None, 'ge
 
 
 @pytest.mark.parametrize('output_stride', slow_except([32], [8, 16, 32]))
-@pytest.mark.parametrize(('name', 'feature_cls'), FEATURES)
+@pytest.mark.parametrize(('name', 'feature_cls'), [slow(v) if v[0].startswith('eff') else v for v in FEATURES])
 def test_features(name, feature_cls, output_stride):
     model = create(
         name, features_only=True, output_stride=output_stride, out_indices=(1, 2, 4), feature_cls=feature_cls
@@ -609,13 +609,8 @@ def test_autocast(name):
 
 
 # one of each block, form and kind; test_contract.py compiles all modules, without gradients
-@pytest.mark.parametrize(
-    'name',
-    slow_except(
-        ['resnet18_mrlab', 'deit_tiny_mrlab'],
-        [*RESNETS, 'pvt_v2_b0_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'ceit_tiny_mrla'],
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [*RESNETS, 'pvt_v2_b0_mrlab', 'deit_tiny_mrla', 'deit_tiny_mrlab', 'ceit_tiny_mrla'])
 def test_compile_without_a_graph_break(name):
     model = create(name)
     x = images()
@@ -638,7 +633,8 @@ def test_compile_with_inductor(name):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('name', slow_except(['resnet18_mrlab'], MAPS + TOKENS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MAPS + TOKENS)
 def test_export(name):
     model = create(name).eval()
     shapes = {0: torch.export.Dim('batch', max=64)}

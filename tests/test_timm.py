@@ -123,10 +123,6 @@ def problems(folder, names, tmp_path):
     return found
 
 
-def test_the_smallest_entry(timms_tests, tmp_path):
-    assert problems(timms_tests, ['test_vit_mrla'], tmp_path) == []
-
-
 @pytest.mark.slow
 def test_small_entries(timms_tests, tmp_path):
     assert problems(timms_tests, SMALL, tmp_path) == []
