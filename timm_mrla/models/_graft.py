@@ -18,7 +18,7 @@ from timm import layers
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, layer_attentions
-from timm_mrla.models._weights import scale_outputs
+from timm_mrla.models._weights import zero_output_scales
 from timm_mrla.switches import is_on
 
 # norms over the last dimension -> the same norms for maps [B, C, H, W]
@@ -271,24 +271,21 @@ def graft(
     entry: str,
     blocks: str | Iterable[str] | None = None,
     identity: bool = False,
-    init: float = 1.0,
     without: str | None = None,
     drop_path: float | None = None,
     **host_args,
 ) -> list[str] | None:
     """Add layer attention of a kind to the supported blocks of a model, an entry of timm, in place.
 
-    `blocks` are patterns of names, by default of all blocks; they are returned as a list. `init` scales the output at
-    the start: 1 is the paper's strength, and with 0, or with `identity`, layer attention adds exactly nothing until it
-    is trained. `without` is a part of the layer, 'v' or 'lam', that is zero and stays zero, for ablations.
-    `drop_path` is by default the block's own in the form `post`, else 0. `host_args` go to the hosts.
+    `blocks` are patterns of names, by default of all blocks; they are returned as a list. `identity` makes layer
+    attention add exactly nothing until it is trained. `without` is a part of the layer, 'v' or 'lam', that is zero and
+    stays zero, for ablations. `drop_path` is by default the block's own in the form `post`, else 0. `host_args` go to
+    the hosts.
     """
-    init = 0.0 if is_on('mrla_identity', identity) else init
-    if isinstance(init, bool) or not isinstance(init, int | float) or not 0.0 <= init < math.inf:
-        raise ValueError(f'mrla_init {init!r} is no number from 0, the identity, to 1, the strength in the paper')
-    parts = ('v', 'lam') if kind.layer is MrlaLight else ()
+    identity = is_on('mrla_identity', identity)
+    parts = {'v': 'v.weight', 'lam': 'lam'} if kind.layer is MrlaLight else {}
     if without is not None and without not in parts:
-        raise ValueError(f'mrla_without {without!r} is none of the parts of {kind.layer.__name__}: {parts}')
+        raise ValueError(f'mrla_without {without!r} is no part of {kind.layer.__name__}; MRLA-light has v and lam')
     if drop_path is not None and not 0.0 <= drop_path < 1.0:
         raise ValueError(f'mrla_drop_path {drop_path} is not in [0, 1)')
     if blocks is not None:
@@ -310,10 +307,9 @@ def graft(
         kind.classes[type(block)].convert(block, site, drop_path)
     for owner, host in hosts.items():
         host.convert(owner, **host_args)
-    if init != 1.0:
-        scale_outputs(model, init)
+    if identity:
+        zero_output_scales(model)
     if without:
         for layer in layer_attentions(model).values():
-            part = layer.get_parameter('lam' if without == 'lam' else 'v.weight')
-            nn.init.zeros_(part.requires_grad_(False))
+            nn.init.zeros_(layer.get_parameter(parts[without]).requires_grad_(False))
     return blocks

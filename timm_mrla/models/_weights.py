@@ -92,18 +92,14 @@ def _group_matcher(groups: dict[bool, dict[str, Any]], coarse: bool = False) -> 
     return {name: _exclude_mrla(spec) for name, spec in groups[bool(coarse)].items()}
 
 
-@torch.no_grad()
-def scale_outputs(model: nn.Module, factor: float) -> None:
-    """Scale the output of new layer attention. By 0, it adds exactly nothing until it is trained, and has the head's
-    rate under layer decay."""
+def zero_output_scales(model: nn.Module) -> None:
+    """Make layer attention add exactly nothing until it is trained, and give it the head's rate under layer decay."""
     for layer in layer_attentions(model).values():
-        if factor == 0.0 and isinstance(getattr(layer, 'act', None), nn.ReLU):
+        if isinstance(getattr(layer, 'act', None), nn.ReLU):
             raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
         for scale in layer.output_scales():
-            scale.zero_() if factor == 0.0 else scale.mul_(factor)  # a product could be -0
-    if factor == 0.0 and hasattr(
-        model, 'group_matcher'
-    ):  # a bound method would make a cycle, which keeps the model alive
+            nn.init.zeros_(scale)
+    if hasattr(model, 'group_matcher'):  # a bound method would make a cycle, which keeps the model alive
         groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
         model.group_matcher = partial(_group_matcher, groups)
 
@@ -118,7 +114,7 @@ def start_untrained(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg,
 
     Raises as `fit_state_dict` does.
     """
-    scale_outputs(model, 0.0)
+    zero_output_scales(model)
     return fit_state_dict(with_own_layer_attention(state_dict, model), model, cfg, strict)
 
 
