@@ -100,9 +100,11 @@ def main(args: argparse.Namespace) -> None:
     """Train the model, load it back, and print both accuracies and how to train on other images."""
     accuracy = train_digits(args.model, args.out, args.epochs)
     name = f'local-dir:{args.out}'
+    starts = timm.list_pretrained(f'{args.model}.*')
+    model = f'{starts[0]} --pretrained' if starts else args.model
     print(f"""
 test accuracy:                                {accuracy:.2%}
 of timm.create_model({name!r}): {test_digits(name):.2%}
 
 On your own images, a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, with timm's train.py:
-  timm-mrla run train.py --data-dir DATA --model {args.model} --num-classes N --amp --channels-last""")
+  timm-mrla run train.py --data-dir DATA --model {model} --num-classes N --amp --channels-last""")
