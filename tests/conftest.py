@@ -46,7 +46,9 @@ def images(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """Run the slowest files first: otherwise one process waits for the other at the end."""
-    longest = ('test_timm.py', 'test_registry.py', 'test_launcher.py', 'test_contract.py', 'test_models.py')
+    longest = [
+        f'test_{name}.py' for name in ('fused', 'timm', 'models', 'contract', 'fused_base', 'registry', 'launcher')
+    ]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
