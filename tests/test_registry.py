@@ -174,28 +174,31 @@ print(timm.is_model('resnet101_mrla'))
 
 
 def test_importing_adds_names_and_overwrites_none():
-    """Also at a second import. The import uses neither the network nor CUDA."""
+    """Also at a second import, where torchvision cannot take detectors. It uses no network, no CUDA, defines no ops."""
     code = """
-import importlib, socket, subprocess, sys, timm, torch
+import importlib, logging, socket, subprocess, sys, timm, torch, torchvision
 before = {n: timm.models.model_entrypoint(n) for n in timm.list_models()}
 def refuse(*args, **kwargs): raise AssertionError('network')
 socket.socket.connect = socket.getaddrinfo = refuse
 import timm_mrla
 assert all(timm.models.model_entrypoint(n) is fn for n, fn in before.items())
 models = timm.list_models()
-print(len(before), len(models), torch.cuda.is_initialized())
+print(len(before), len(models), torch.cuda.is_initialized(), hasattr(torch.ops.timm_mrla, 'light_post'))
 
 for name in [n for n in sys.modules if n.split('.')[0] == 'timm_mrla']:
     del sys.modules[name]
+del torchvision.models._api.register_model
+logging.basicConfig(stream=sys.stdout, format='%(name)s %(message).42s')
 import timm_mrla
 importlib.reload(timm_mrla)
 assert timm.list_models() == models
 print(timm.create_model('resnet18_mrla', device='meta').num_classes)
 """
-    first, second = python(code, '-W', 'error::UserWarning').splitlines()
-    before, after, cuda = first.split()
+    first, warning, second = python(code, '-W', 'error::UserWarning').splitlines()
+    before, after, cuda, ops = first.split()
     assert int(after) - int(before) == len(timm.list_models('*_mrla*'))
-    assert (cuda, second) == ('False', '1000')
+    assert (cuda, ops, second) == ('False', 'False', '1000')
+    assert warning == 'timm_mrla.detection.register the detectors are not in the registry of tor'
 
 
 def test_no_weights_are_pretended():

@@ -1,6 +1,7 @@
 """Layer attention (MRLA) for timm. Importing this package registers its models and does nothing else."""
 
 from timm_mrla import detection, models
+from timm_mrla._version import __version__
 from timm_mrla.adapters import load_adapter
 from timm_mrla.attention import feature_maps, layer_attention
 from timm_mrla.fused import why_not_fused
@@ -8,6 +9,7 @@ from timm_mrla.models import attach, sites
 from timm_mrla.ops import set_fused
 
 __all__ = [
+    '__version__',
     'attach',
     'detection',
     'feature_maps',
@@ -18,4 +20,3 @@ __all__ = [
     'sites',
     'why_not_fused',
 ]
-__version__ = '0.1.0'

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from timm.utils import unwrap_model
 from torch import nn
 
-import timm_mrla
+from timm_mrla._version import __version__
 from timm_mrla.adapters import load_adapter, shrink
 from timm_mrla.checkpoints import load_checkpoint
 from timm_mrla.checks import check_new_folder, check_repo, explain_build_errors
@@ -160,7 +160,7 @@ def upload(
     commit_message: str = 'Add model',
 ) -> str:
     """Upload a folder to a repository of the Hub, if this process wrote it; arguments as for `push_to_hub`."""
-    api = HfApi(token=token, library_name='timm-mrla', library_version=timm_mrla.__version__)
+    api = HfApi(token=token, library_name='timm-mrla', library_version=__version__)
     if os.path.exists(folder):
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from timm_mrla import __version__
+from timm_mrla._version import __version__
 
 _EXTRAS = {'demo': 'demo', 'attention': 'plot', 'compare': 'compare'}  # command -> extra that it needs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 import torch
 
-import timm_mrla
+from timm_mrla._version import __version__
 
 __all__ = ['describe_machine']
 
@@ -30,5 +30,5 @@ def describe_machine(device: str) -> dict[str, str]:
         'python': platform.python_version(),
         'torch': torch.__version__,
         'timm': timm.__version__,
-        'timm-mrla': timm_mrla.__version__,
+        'timm-mrla': __version__,
     }

@@ -1,15 +1,11 @@
-"""Builds detectors, and adds those on the paper's ResNets to torchvision's registry."""
+"""Builds detectors."""
 
 import argparse
-from collections.abc import Callable
+import warnings
 from inspect import signature
-from itertools import product
 
 import torch
-from torchvision.models import list_models
-from torchvision.models._api import register_model  # torchvision exports the functions that read its registry, not this
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.backbone_utils import _validate_trainable_layers  # as its own builders do
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from timm_mrla.detection.backbone import (
@@ -21,6 +17,17 @@ from timm_mrla.detection.backbone import (
     freeze_norms,
 )
 from timm_mrla.detection.weights import create_body, load_weights, open_weights
+
+
+def _count_trainable_layers(trained: bool, asked: int | None) -> int:
+    """How many of the five layers of a backbone train, as in torchvision: all of them if it has no trained weights."""
+    if not trained:
+        if asked is not None:
+            warnings.warn('trainable_backbone_layers has no effect without weights: all layers train', stacklevel=4)
+        return 5
+    if not 0 <= (layers := 3 if asked is None else asked) <= 5:
+        raise ValueError(f'trainable_backbone_layers must be in the range [0,5], got {layers}')
+    return layers
 
 
 def build_detector(
@@ -44,7 +51,7 @@ def build_detector(
         if saved.get(key, value) != value:
             raise ValueError(f'{key} is {value}, but {weights!r} has {saved[key]}')
     trained = weights is not None or weights_backbone is not None
-    trainable_layers = _validate_trainable_layers(trained, trainable_backbone_layers, max_value=5, default_value=3)
+    trainable_layers = _count_trainable_layers(trained, trainable_backbone_layers)
 
     cls, strides, extra_blocks = DETECTORS[architecture]
     # torchvision silently ignores unknown arguments; its training script passes _skip_resize
@@ -107,19 +114,3 @@ def mask_rcnn(backbone: str, **kwargs) -> MaskRCNN:
 def retina_net(backbone: str, **kwargs) -> RetinaNet:
     """torchvision's RetinaNet with a feature pyramid, on a model of timm's; arguments as for `faster_rcnn`."""
     return build_detector('retina_net', backbone, **kwargs)
-
-
-def _register(builder: Callable[..., Detector], backbone: str) -> None:
-    """Give a detector on a backbone a name in torchvision's registry."""
-
-    def fn(**kwargs) -> Detector:
-        return builder(backbone, **kwargs)
-
-    fn.__name__ = fn.__qualname__ = f'{builder.__name__.replace("_", "")}_{backbone}_fpn'
-    fn.__doc__ = f'`timm_mrla.detection.{builder.__name__}({backbone!r})`.'
-    if fn.__name__ not in list_models():  # this module may have been imported before
-        register_model()(fn)
-
-
-for _builder, _depth, _ending in product((faster_rcnn, mask_rcnn, retina_net), (18, 34, 50, 101, 152), ('', 'b')):
-    _register(_builder, f'resnet{_depth}_mrla{_ending}')

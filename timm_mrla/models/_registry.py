@@ -4,7 +4,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from inspect import signature
 from types import FunctionType
@@ -68,13 +67,12 @@ def register_entries(
             continue
         default = sys.modules[stock.__module__].default_cfgs[backbone]
         cfgs = {
-            f'{entry}.{weights.TAG}{tag}': weights.warm_start_cfg(default.cfgs[tag], entry, f'{backbone}.{tag}')
+            f'{entry}.{weights.TAG}{tag}': weights.warm_start_cfg(default.cfgs[tag], entry, f'{backbone}.{tag}', **cfg)
             for tag in default.tags
             if warm and tag and default.cfgs[tag].has_weights
         }
         # `ENTRY.*` makes the entry itself timm's default; otherwise timm would take the first warm start
-        cfgs[f'{entry}.*'] = weights.without_weights(default.default)
-        cfgs = {name: replace(value, **cfg) for name, value in cfgs.items()}
+        cfgs[f'{entry}.*'] = weights.without_weights(default.default, **cfg)
         doc = f"timm's {backbone} with {kind.layer.__name__}."
         if register_entry(module, entry, stock, kind, cfgs, doc, filter_fn, **model_args):
             BACKBONES[entry], MODEL_ARGS[entry] = backbone, model_args

@@ -8,7 +8,7 @@ from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
-from timm_mrla.ops.reasons import LIGHT, is_rms_norm, reason, value_dtype
+from timm_mrla.ops.reasons import LIGHT, is_rms_norm, value_dtype
 
 
 def _qk(layer: nn.Module) -> torch.Tensor:
@@ -115,12 +115,10 @@ def _run_base(
     return _from_tokens(layer, out, grid), (*memory, k.unflatten(1, (heads, -1)), v)
 
 
-def fused(
+def run(
     layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory, feat_size: Grid = None
-) -> torch.Tensor | tuple[torch.Tensor, Memory] | None:
-    """Run a layer in the kernels, or return None if they cannot run. other: the shortcut (light), the memory (base)."""
-    if reason(layer, x, other, feat_size):
-        return None
+) -> torch.Tensor | tuple[torch.Tensor, Memory]:
+    """Run a layer in the kernels, which `reason` must have allowed. other: the shortcut (light), the memory (base)."""
     if not isinstance(layer, LIGHT):
         return _run_base(layer, x, other, feat_size)
     if isinstance(layer, MrlaLight) and layer.form == 'pre':

@@ -17,8 +17,6 @@ from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.layers.layout import is_exporting
 from timm_mrla.layers.weights import BaseWeights, LightWeights
-from timm_mrla.ops.base_functions import base, base_folded
-from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
 from timm_mrla.switches import is_on
 
 # tuples, because torch.compile in torch 2.9 cannot trace A | B
@@ -245,6 +243,9 @@ def _trial(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim
 @functools.cache
 def _try(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
     """Run the kernels once on a small map, forward and backward; return the error as a reason."""
+    from timm_mrla.ops.base_functions import base, base_folded  # these define custom ops, only where kernels can run
+    from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
+
     x = torch.ones(1, dim, 2, 2, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     qk, w, lam = (torch.ones(*shape, device=device) for shape in ((2, 3), (9, dim), (dim,)))
     try:
