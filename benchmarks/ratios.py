@@ -5,34 +5,39 @@ python benchmarks/ratios.py benchmarks/results/costs/cpu.json --out .github/cost
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-COLORS = {'training': '#0072b2', 'inference': '#e69f00'}
+# (task, how) -> position of the bar and colour: a training step, and inference as it is deployed, with folded norms
+BARS = {('training', 'eager'): (-0.2, '#0072b2'), ('inference', 'reparameterized'): (0.2, '#e69f00')}
 
 
 def main() -> None:
-    """Draw one panel of bars for each file."""
+    """Draw two bars for each model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('results', nargs='+', metavar='JSON', help='what throughput.py --json wrote')
+    parser.add_argument('results', metavar='JSON', help='what throughput.py --json wrote')
     parser.add_argument('--out', default='costs.png', help='picture to write (default: %(default)s)')
     args = parser.parse_args()
-    files = [json.loads(Path(path).read_text()) for path in args.results]
-    rows = max(len(file['results']) for file in files)
-    figure = Figure(figsize=(7 * len(files), 1 + 0.28 * rows), layout='constrained')
-    for ax, file in zip(figure.subplots(1, len(files), squeeze=False)[0], files, strict=True):
-        for i, row in enumerate(file['results']):
-            ax.barh(i, row['ratio'], color=COLORS[row['task']])
-            ax.plot([row['least'], row['greatest']], [i, i], color='black', linewidth=1)
-            ax.text(0.02, i, f'{row["task"]}, {row["how"]}: {row["ratio"]:.2f}', va='center', fontsize=7, color='white')
-        labels = [row['model'] + ('' if row['blocks'] == 'all' else f' ({row["blocks"]})') for row in file['results']]
-        ax.set_yticks(range(len(labels)), labels, fontsize=7)
-        ax.invert_yaxis()
-        ax.axvline(1, color='black', linewidth=1, linestyle='--')
-        ax.set_xlabel('time relative to the plain backbone; lines span all rounds', fontsize=8)
-        ax.set_title(f'{file["device"]}, torch {file["torch"]}', fontsize=9)
-    figure.savefig(args.out, dpi=150)
+    file = json.loads(Path(args.results).read_text())
+    models = [*dict.fromkeys(row['model'] for row in file['results'])]
+    figure = Figure(figsize=(6.5, 0.8 + 0.3 * len(models)), layout='constrained')
+    ax = figure.subplots()
+    for (task, how), (offset, color) in BARS.items():
+        rows = {row['model']: row for row in file['results'] if (row['task'], row['how']) == (task, how)}
+        at = [models.index(model) + offset for model in rows]
+        ratios = [row['ratio'] for row in rows.values()]
+        ax.barh(at, ratios, height=0.36, color=color, label=task if how == 'eager' else f'{task}, folded')
+        for y, ratio in zip(at, ratios, strict=True):
+            ax.text(ratio + 0.01, y, f'{ratio:.2f}', va='center', fontsize=7)
+    ax.set_yticks(range(len(models)), [re.sub('_patch.*_224', '', model) for model in models], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(1, color='black', linewidth=1, linestyle='--')
+    ax.set_xlabel(f'time relative to the plain backbone ({file["device"]})', fontsize=8)
+    ax.set_xlim(0, 1.1 * max(row['ratio'] for row in file['results'] if (row['task'], row['how']) in BARS))
+    figure.legend(fontsize=7, loc='outside upper right', ncols=2)
+    figure.savefig(args.out, dpi=130)
 
 
 if __name__ == '__main__':

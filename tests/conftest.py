@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shlex
+import sys
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported; tests run in two processes
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from hub import TOKEN, Hub
 from PIL import Image
+from readme import ROOT
 
 
 @pytest.fixture
@@ -26,6 +29,17 @@ def hub(monkeypatch, tmp_path):
     hub.env = dict(HF_ENDPOINT=hub.url, HF_HUB_CACHE=str(hub.cache), HF_HUB_DISABLE_XET='1', HF_HUB_OFFLINE='0')
     yield hub
     hub.close()
+
+
+@pytest.fixture
+def command_on_path(tmp_path, monkeypatch):
+    """`timm-mrla` in a shell runs this checkout."""
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    (folder / 'timm-mrla').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m timm_mrla "$@"\n')
+    (folder / 'timm-mrla').chmod(0o755)
+    monkeypatch.setenv('PATH', str(folder), prepend=os.pathsep)
+    monkeypatch.setenv('PYTHONPATH', str(ROOT), prepend=os.pathsep)
 
 
 @pytest.fixture(scope='session')

@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_mrla.detection import faster_rcnn
 from timm_mrla.hub import load_checkpoint
-from timm_mrla.layers import QueryKey, layer_attentions
+from timm_mrla.layers import MrlaBase, MrlaLight, QueryKey, layer_attentions
 
 pytestmark = pytest.mark.downstream
 
@@ -292,12 +292,21 @@ def test_onnx(name, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     names, batches = export('ONNX', name, {})
+    assert names['error'] < 1e-4
+    assert not any(isinstance(m, MrlaLight | MrlaBase) and m.form == 'post' for m in names['model'].modules())
     session = onnxruntime.InferenceSession('model.onnx')
     (source,) = session.get_inputs()
     for x in batches:
         (out,) = session.run(None, {source.name: x.numpy()})
         with torch.no_grad():
             assert relative_error(torch.from_numpy(out), names['model'](x)) < 1e-4
+
+
+@pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab'])
+def test_aot_inductor(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = recipe('AOTInductor', {"'resnet50_mrla'": f"'{name}'", '8, 3, 224, 224': '2, 3, 64, 64'})
+    assert names['error'] < 1e-4
 
 
 @pytest.mark.parametrize('name', ['resnet18_mrla', 'resnet18_mrlab', 'pvt_v2_b0_mrla', 'deit_tiny_mrla'])

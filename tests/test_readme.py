@@ -8,18 +8,16 @@ import ast
 import contextlib
 import copy
 import io
-import os
 import re
 import runpy
-import shlex
 import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
+from api import api_page
 from flops import family, paper_entries
 from readme import (
     COMMANDS,
@@ -37,7 +35,7 @@ from readme import (
 )
 from slow import slow_except
 
-from timm_mrla import set_fused
+from timm_mrla import attach, set_fused
 from timm_mrla.hub import save_pretrained
 from timm_mrla.layers.weights import LightWeights
 from timm_mrla.models._registry import BACKBONES
@@ -66,39 +64,35 @@ def write_what_is_loaded(page, folder, hub):
 
 
 @pytest.fixture
-def command_on_path(tmp_path, monkeypatch):
-    """`timm-mrla` in a shell runs this checkout."""
-    folder = tmp_path / 'bin'
-    folder.mkdir()
-    (folder / 'timm-mrla').write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m timm_mrla "$@"\n')
-    (folder / 'timm-mrla').chmod(0o755)
-    monkeypatch.setenv('PATH', str(folder), prepend=os.pathsep)
-    monkeypatch.setenv('PYTHONPATH', str(ROOT), prepend=os.pathsep)
-
-
-@pytest.fixture
 def kernels_on():
     """Turn the fused kernels on again after the test, because a page turns them off."""
     yield
     set_fused(True)
 
 
-WITH_CODE = [page for page in PAGES if page not in RECIPES and code(PAGES[page])]
+# test_scripts.py runs the page on fine-tuning, because its code needs what its training commands write
+ELSEWHERE = (*RECIPES, 'docs/fine-tuning.md')
+WITH_CODE = [page for page in PAGES if page not in ELSEWHERE and code(PAGES[page])]
 
 
 @pytest.mark.parametrize(
     'page', slow_except([p for p in WITH_CODE if p not in ('docs/detection.md', 'docs/getting-started.md')], WITH_CODE)
 )
 def test_code_runs(page, tmp_path, monkeypatch, hub, command_on_path, kernels_on):
-    """Python blocks run from top to bottom in one namespace. A `text` block is the output of the block before it."""
+    """Python blocks run from top to bottom in one namespace; those of getting-started.md each run alone.
+
+    A `text` block is the output of the block before it.
+    """
     monkeypatch.chdir(tmp_path)
     write_what_is_loaded(PAGES[page], tmp_path, hub)
     names, found = {'__name__': 'page'}, blocks(PAGES[page])
     for (language, source), (following, expected) in zip(found, [*found[1:], ('', '')], strict=True):
         printed = None
         if language == 'python':
+            namespace = {} if page == 'docs/getting-started.md' else names
             with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                exec(compile(source, page, 'exec'), names)
+                exec(compile(source, page, 'exec'), namespace)
+            names.update(namespace)
             printed = stdout.getvalue()
         elif language == 'bash' and following == 'text':
             printed = subprocess.run(['bash', '-ec', source], check=True, capture_output=True, text=True).stdout
@@ -134,7 +128,7 @@ def test_commands_are_accepted(page, command, monkeypatch):
         ast.parse(command[2])
         return
     if command[0] not in ('timm-mrla', 'python') or command[1] == 'train.py':
-        assert command[0] in ('pytest', 'apt-get', 'echo') or command[1] == 'train.py'
+        assert command[0] in ('pytest', 'apt-get', 'echo', 'trtexec') or command[1] == 'train.py'
         return
 
     if command[1] == 'benchmarks/coco_digits.py':
@@ -201,6 +195,23 @@ def test_index():
     pages = {page.removeprefix('docs/') for page in PAGES if page.startswith('docs/')} - {'README.md'}
     assert set(re.findall(r'^\| \[.*?\]\((.*?)\)', PAGES['docs/README.md'], flags=re.MULTILINE)) == pages
     assert pages <= {link.removeprefix('docs/') for link in re.findall(r'\((docs/[\w-]+\.md)', README)}
+
+
+def test_the_api_reference():
+    """`python tests/api.py` writes it."""
+    assert PAGES['docs/api.md'] == api_page()
+
+
+def test_what_is_not_supported():
+    """`attach` refuses the models; the file that shows how to add a module is as it is."""
+    rows = re.findall(r'^\| (\w+) \| `(\w+)` \|', sections('docs/models.md')['Not supported'], flags=re.MULTILINE)
+    assert len(rows) >= 10
+    for module, name in rows:
+        assert timm.models.model_entrypoint(name).__module__ == f'timm.models.{module}'
+        with pytest.raises(ValueError, match='no block that can have layer attention'):
+            attach(timm.create_model(name, device='meta'))
+    (source,) = code(PAGES['docs/questions.md'], 'text')
+    assert source == (ROOT / 'timm_mrla' / 'models' / 'starnet.py').read_text()
 
 
 def test_the_readme_is_short():

@@ -3,7 +3,9 @@
 TIMM_SCRIPTS names a folder that holds timm's train.py, validate.py, inference.py, benchmark.py and onnx_export.py.
 """
 
+import contextlib
 import csv
+import io
 import os
 import re
 import runpy
@@ -17,7 +19,7 @@ import pytest
 import timm
 import torch
 from hub import add_backbone
-from readme import COMMANDS, assert_accepted, code, sections
+from readme import COMMANDS, PAGES, assert_accepted, blocks, code, sections
 from test_contract import CASES, ENTRIES, arguments
 
 import timm_mrla  # noqa: F401
@@ -141,6 +143,41 @@ def test_an_adapter_from_training_to_export(name, images, hub, tmp_path):
     )
     script('onnx_export.py', tmp_path / 'model.onnx', '--model', 'local-dir:adapter', '--dynamo', **where)
     assert (tmp_path / 'model.onnx').stat().st_size > 0
+
+
+def test_the_page_on_fine_tuning(images, hub, command_on_path, tmp_path, monkeypatch):
+    """Its commands and its code run from top to bottom, with small models on a small folder."""
+    pytest.importorskip('onnxruntime')
+    changes = {
+        'convnext_tiny_mrla': 'test_resnet_mrla',
+        'vit_small_patch16_dinov3_mrla': 'test_vit_mrla',
+        r'warmstart_\w+': 'warmstart_r160_in1k',
+        r'\b(train|validate)\.py': rf'{Path(SCRIPTS).absolute()}/\1.py -j 1 --device cpu',
+        '--epochs [0-9]+ (--warmup-epochs 2)?': '--epochs 1 ',
+        '--num-classes 10': '--num-classes 2',
+        '-b 64( --amp)?': '-b 4',
+        '--layer-decay 0.7': '--layer-decay 0.7 --img-size 64',
+        'mrla_adapter=True --out': 'mrla_adapter=True img_size=160 --out',  # for its position embedding
+    }
+    for name in ('test_resnet_mrla', 'test_vit_mrla'):
+        add_backbone(hub, name)
+    monkeypatch.chdir(tmp_path)
+    Path('DATA').symlink_to(images)
+    Path('picture.jpg').symlink_to(images / 'val' / 'red' / '0.jpg')
+    names, printed = {}, []
+    for language, source in blocks(PAGES['docs/fine-tuning.md']):
+        for old, new in changes.items():
+            source = re.sub(old, new, source)
+        if language == 'bash':
+            subprocess.run(['bash', '-ec', source], check=True, env={**os.environ, **hub.env})
+        elif language == 'python':
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(compile(source, 'docs/fine-tuning.md', 'exec'), names)
+            printed.append(stdout.getvalue())
+    scales, top, exported = printed
+    assert all(float(line.split()[1]) > 0 for line in scales.splitlines())
+    assert {line.split()[0] for line in top.splitlines()} == {'red', 'blue'} and not exported
+    assert os.path.getsize('birds_adapter/model.safetensors') < os.path.getsize('birds/model.safetensors')
 
 
 @pytest.mark.parametrize('case', CASES)

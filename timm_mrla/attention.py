@@ -13,7 +13,7 @@ from timm_mrla.layers import MrlaBase, layer_attentions, to_map
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.state_dict import WRAPPERS
 
-__all__ = ['LayerAttention', 'feature_maps', 'layer_attention']
+__all__ = ['LayerAttention', 'feature_maps', 'layer_attention', 'output_scales']
 
 NOT_RUN = 'the class or the forward of its block was replaced after it got layer attention'
 
@@ -47,6 +47,26 @@ def layer_of_block(model: nn.Module, block: str) -> nn.Module:
     if block not in layers:
         raise ValueError(f'there is no layer attention in {block!r}; it is in {", ".join(layers)}')
     return layers[block]
+
+
+@torch.no_grad()
+def output_scales(model: nn.Module) -> dict[str, float]:
+    """Tell how much the layer attention of each block can add, to see whether it learns.
+
+    Args:
+        model: A model with layer attention.
+
+    Returns:
+        By block, the largest absolute value of its output scales: 0 in a warm start that is not trained yet, 1 or more
+        with the paper's initialization.
+
+    Raises:
+        ValueError: The model has no layer attention or was reparameterized.
+    """
+    return {
+        block: max(scale.abs().max().item() for scale in layer.output_scales())
+        for block, layer in layers_by_block(model).items()
+    }
 
 
 def run_with_hooks(

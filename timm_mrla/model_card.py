@@ -12,8 +12,11 @@ from timm_mrla.layers import MrlaLight, layer_attentions
 from timm_mrla.models._graft import is_lost
 from timm_mrla.models._weights import weights_source
 
-__all__ = ['IMAGE_MODES', 'check_trainable', 'model_card']
+__all__ = ['IMAGE_MODES', 'INSTALL', 'check_trainable', 'model_card']
 
+# true before and after the first release
+INSTALL = """Install the package timm-mrla: `pip install timm-mrla` if PyPI has it, or else `pip install .` in a clone
+of its repository. Then"""
 IMAGE_MODES = {1: 'L', 3: 'RGB'}  # channels -> Pillow's mode of images with so many
 
 
@@ -142,12 +145,12 @@ def model_card(
 ---
 # {title}
 
-{model_entrypoint(architecture).__doc__.strip()} `{architecture}` of [timm-mrla](https://pypi.org/project/timm-mrla),
-timm's backbone with layer attention ([MRLA, ICLR 2023](https://arxiv.org/abs/2302.03985)).
+{model_entrypoint(architecture).__doc__.strip()} `{architecture}` of timm-mrla, timm's
+backbone with layer attention ([MRLA, ICLR 2023](https://arxiv.org/abs/2302.03985)).
 
 ## Model Usage
 
-`pip install timm-mrla`, then
+{INSTALL}
 
 ```python
 {_usage(model, name)}

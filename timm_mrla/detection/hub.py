@@ -15,6 +15,7 @@ from timm_mrla.detection.backbone import Detector
 from timm_mrla.detection.build import build_detector
 from timm_mrla.detection.weights import open_weights
 from timm_mrla.hub import new_folder, upload
+from timm_mrla.model_card import INSTALL
 from timm_mrla.state_dict import gather_state_dict
 
 
@@ -80,12 +81,11 @@ def _model_card(model: Detector, name: str) -> ModelCard:
 ---
 # {name.rpartition('/')[2].rpartition(':')[2]}
 
-torchvision's {kind} with a feature pyramid on `{backbone}` of timm, by
-[timm-mrla](https://pypi.org/project/timm-mrla).
+torchvision's {kind} with a feature pyramid on `{backbone}` of timm, by timm-mrla.
 
 ## Model Usage
 
-`pip install timm-mrla`, then
+{INSTALL}
 
 ```python
 import torch
