@@ -208,7 +208,7 @@ def test_what_is_not_supported():
     assert len(rows) >= 10
     for module, name in rows:
         assert timm.models.model_entrypoint(name).__module__ == f'timm.models.{module}'
-        with pytest.raises(ValueError, match='no block that can have layer attention'):
+        with pytest.raises(ValueError, match='no block .*can have layer attention'):
             attach(timm.create_model(name, device='meta'))
     (source,) = code(PAGES['docs/questions.md'], 'text')
     assert source == (ROOT / 'timm_mrla' / 'models' / 'starnet.py').read_text()
@@ -273,5 +273,5 @@ def test_the_numbers_of_entries():
         len(timm.list_models('*_mrlab')),
         timm.list_pretrained('*_mrla*'),
     )
-    assert f'{light} entries' in readme and f'{base} entries' in readme and f'all {len(warm):,} warm starts' in readme
+    assert f'{light} models' in readme and f'{base} models' in readme and f'all {len(warm):,} warm starts' in readme
     assert f'registers {light + base} models' in how
