@@ -208,7 +208,7 @@ def test_what_is_not_supported():
     assert len(rows) >= 10
     for module, name in rows:
         assert timm.models.model_entrypoint(name).__module__ == f'timm.models.{module}'
-        with pytest.raises(ValueError, match='no block .*can have layer attention'):
+        with pytest.raises(ValueError, match=r'no block .*can have layer attention'):
             attach(timm.create_model(name, device='meta'))
     (source,) = code(PAGES['docs/questions.md'], 'text')
     assert source == (ROOT / 'timm_mrla' / 'models' / 'starnet.py').read_text()

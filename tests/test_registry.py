@@ -188,7 +188,7 @@ print(len(before), len(models), torch.cuda.is_initialized(), hasattr(torch.ops.t
 for name in [n for n in sys.modules if n.split('.')[0] == 'timm_mrla']:
     del sys.modules[name]
 del torchvision.models._api.register_model
-logging.basicConfig(stream=sys.stdout, format='%(name)s %(message).42s')
+logging.basicConfig(stream=sys.stdout, format='%(name)s %(message).40s')
 import timm_mrla
 importlib.reload(timm_mrla)
 assert timm.list_models() == models
@@ -198,7 +198,7 @@ print(timm.create_model('resnet18_mrla', device='meta').num_classes)
     before, after, cuda, ops = first.split()
     assert int(after) - int(before) == len(timm.list_models('*_mrla*'))
     assert (cuda, ops, second) == ('False', 'False', '1000')
-    assert warning == 'timm_mrla.detection.register the detectors are not in the registry of tor'
+    assert warning == 'timm_mrla.detection.register the detectors are not in the registry of'
 
 
 def test_no_weights_are_pretended():
