@@ -10,18 +10,11 @@ import argparse
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, model_entrypoint
+from entries import backbone, family, input_size, paper_entries
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
-from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
-
-
-def backbone(name: str) -> tuple[str, dict[str, object]]:
-    """The plain timm model of an entry, as arguments of `timm.create_model`. timm has no CeiT: its own entry."""
-    return BACKBONES.get(name, name), MODEL_ARGS.get(name, {})
-
 
 FAMILIES = ('resnet', 'deit', 'ceit', 'efficientnet', 'pvt_v2')
 
@@ -31,11 +24,6 @@ class Without(nn.Module):
 
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
         return x
-
-
-def input_size(name: str) -> tuple[int, int, int]:
-    """Channels, height and width of an entry's default input."""
-    return get_pretrained_cfg(name).input_size
 
 
 def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) -> tuple[int, int]:
@@ -48,20 +36,6 @@ def costs(name: str, size: tuple[int, int, int], plain: bool = False, **kwargs) 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *size, device='meta'))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
-
-
-def paper_entries() -> list[str]:
-    """The entries of the paper's families."""
-    light = [f'resnet{d}_mrla' for d in (18, 34, 50, 101, 152)] + [f'efficientnet_b{i}_mrla' for i in range(3)]
-    light += timm.list_models(['deit_*_mrla', 'ceit_*_mrla'], exclude_filters='*384*') + [
-        f'pvt_v2_b{i}_mrla' for i in range(6)
-    ]
-    return light + timm.list_models('*_mrlab')
-
-
-def family(name: str) -> str:
-    """The name of the module that defines an entry."""
-    return model_entrypoint(name).__module__.rpartition('.')[2]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import itertools
 
 import timm
 import torch
-from flops import backbone, input_size
+from entries import backbone, input_size
 from report import report
 from torch import nn
 from tqdm import tqdm

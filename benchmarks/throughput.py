@@ -14,7 +14,7 @@ from statistics import median
 import timm
 import torch
 import torch.nn.functional as F
-from flops import backbone, input_size
+from entries import backbone, input_size
 from report import report
 from timm.utils.model import reparameterize_model
 from torch.utils.benchmark import Timer

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import nn
 
-from timm_mrla import feature_maps, layer_attention
+from timm_mrla import attach, feature_maps, layer_attention, output_scales
 from timm_mrla.cli import main
 from timm_mrla.layers import MrlaBase, MrlaLight, to_map
 from timm_mrla.plot import plot_attention, plot_feature_maps
@@ -584,3 +584,19 @@ def test_names_are_those_of_the_model_in_what_wraps_it(wrap):
     model.layer2[1] = torch.compile(model.layer2[1])
     assert layer_attention(model, x).blocks == expected.blocks
     assert torch.equal(feature_maps(model, x, 'layer2.1')[0], feature_maps(wrap(model), x, 'layer2.1')[0])
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_output_scales(name):
+    """The largest of each block, of either sign; zero until it is trained."""
+    model = attach(timm.create_model(name))
+    assert len(output_scales(model)) > 1 and set(output_scales(model).values()) == {0.0}
+    layer = next(m for m in model.modules() if isinstance(m, MrlaLight))
+    with torch.no_grad():
+        layer.output_scales()[-1][1], layer.output_scales()[0][0] = -0.5, 0.25
+    first, *others = output_scales(model).values()
+    assert first == 0.5 and set(others) == {0.0}
+    with pytest.raises(ValueError, match='has no layer attention'):
+        output_scales(timm.create_model(name))
+    with pytest.raises(ValueError, match='folded'):
+        output_scales(reparameterize_model(timm.create_model('test_resnet_mrla')))

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import timm_mrla
 from timm_mrla.hub import save_pretrained
 from timm_mrla.layers import layer_attentions, to_map
-from timm_mrla.models._adapter import classifier_names
-from timm_mrla.models._registry import BACKBONES
+from timm_mrla.models import BACKBONES, classifier_names
 
 SHALLOW = {'depths': (1, 1, 2, 1)}
 NARROW = {'img_size': 64, 'embed_dim': (32, 32, 64, 64), 'depths': (1, 2, 2, 1)}

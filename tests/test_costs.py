@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from flops import backbone, costs, input_size, paper_entries
+from entries import backbone, input_size, paper_entries
+from flops import costs
 from slow import slow_except
 
 from timm_mrla.layers import MrlaLight, layer_attentions

@@ -12,7 +12,7 @@ import sys
 import pytest
 import timm
 import torch
-from flops import backbone
+from entries import backbone
 from gpu import (
     CHANNELS_LAST,
     DEVICE,

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from flops import backbone
+from entries import backbone
 from slow import slow, slow_except
 from timm.models import VisionTransformer, group_parameters
 from timm.optim import param_groups_layer_decay

@@ -18,7 +18,7 @@ import timm
 import torch
 import torchvision
 from api import api_page
-from flops import family, paper_entries
+from entries import family, paper_entries
 from readme import (
     COMMANDS,
     LINKED,
@@ -38,7 +38,7 @@ from slow import slow_except
 from timm_mrla import attach, set_fused
 from timm_mrla.hub import save_pretrained
 from timm_mrla.layers.weights import LightWeights
-from timm_mrla.models._registry import BACKBONES
+from timm_mrla.models import BACKBONES
 
 SHAPES = {  # of tensors that the code of a page makes
     'docs/getting-started.md': {'c5': (1, 2048, 15, 20)},

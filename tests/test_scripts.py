@@ -23,7 +23,7 @@ from readme import COMMANDS, PAGES, assert_accepted, blocks, code, sections
 from test_contract import CASES, ENTRIES, arguments
 
 import timm_mrla  # noqa: F401
-from timm_mrla.models._adapter import backbone_names
+from timm_mrla.models import backbone_names
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = [

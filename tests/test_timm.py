@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import timm
-from flops import backbone, paper_entries
+from entries import backbone, paper_entries
 
 import timm_mrla  # noqa: F401
 

@@ -9,14 +9,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from flops import backbone
+from entries import backbone
 from slow import slow_except
 from timm.models import get_pretrained_cfg, group_parameters, save_for_hf
 from timm.optim import param_groups_layer_decay
 
 from timm_mrla.hub import push_to_hub, save_pretrained
 from timm_mrla.layers import layer_attentions
-from timm_mrla.models._registry import BACKBONES
+from timm_mrla.models import BACKBONES
 
 WARM = {
     'resnet18_mrla': 'a1_in1k',

@@ -11,8 +11,7 @@ from torch import nn
 
 from timm_mrla.checkpoints import read_checkpoint, read_config, saved_file
 from timm_mrla.checks import explain_build_errors
-from timm_mrla.models._adapter import Adapter, backbone_names
-from timm_mrla.models._weights import listed, weights_source
+from timm_mrla.models import Adapter, backbone_names, listed, weights_source
 from timm_mrla.state_dict import StateDict
 
 __all__ = ['load_adapter', 'shrink']

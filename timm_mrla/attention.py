@@ -3,28 +3,29 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_mrla.hooks import NOT_RUN, run_with_hooks
 from timm_mrla.layers import MrlaBase, layer_attentions, to_map
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.state_dict import WRAPPERS
 
-__all__ = ['LayerAttention', 'feature_maps', 'layer_attention', 'output_scales']
-
-NOT_RUN = 'the class or the forward of its block was replaced after it got layer attention'
+__all__ = ['AttentionWeights', 'LayerAttention', 'feature_maps', 'layer_attention', 'output_scales']
 
 
-class LayerAttention(dict[str, torch.Tensor]):
+class AttentionWeights(dict[str, torch.Tensor]):
     """Weights by stage; `blocks` has the names of the blocks by stage, `heads` the number of heads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks: dict[str, list[str]] = {}
         self.heads: dict[str, int] = {}
+
+
+LayerAttention = AttentionWeights  # its earlier name
 
 
 def layers_by_block(model: nn.Module) -> dict[str, nn.Module]:
@@ -69,33 +70,6 @@ def output_scales(model: nn.Module) -> dict[str, float]:
     }
 
 
-def run_with_hooks(
-    model: nn.Module, images: torch.Tensor, hooks: dict[nn.Module, Callable[..., None]]
-) -> list[nn.Module]:
-    """Run a model in evaluation mode with forward hooks on some modules, and return those of them that did not run.
-
-    Afterwards, hooks and modes are as before.
-    """
-    if images.ndim not in (3, 4):
-        raise ValueError(f'images {[*images.shape]} are neither [C, H, W] nor [B, C, H, W]')
-    images = images.to(next(model.parameters()))
-    modes, idle = {module: module.training for module in model.modules()}, dict.fromkeys(hooks)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance('force_eager'))  # hooks would trigger a new compilation
-        for module, hook in hooks.items():
-            stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-            stack.enter_context(module.register_forward_hook(lambda module, *_: idle.pop(module, None)))
-        try:
-            for module in modes:
-                module.training = False
-            model(images if images.ndim == 4 else images[None])
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-    return [*idle]
-
-
 def _check_ran(blocks: list[str]) -> None:
     """Raise ValueError if there are blocks whose layer attention did not run."""
     if blocks:
@@ -107,7 +81,7 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
-def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
+def layer_attention(model: nn.Module, images: torch.Tensor) -> AttentionWeights:
     """Compute how much each block of a stage retrieves from each block before it, and from itself.
 
     W[t, s] is the weight of the value of block s in the output of layer attention in block t. It is 0 for s > t.
@@ -162,7 +136,7 @@ def layer_attention(model: nn.Module, images: torch.Tensor) -> LayerAttention:
         stages[-1]['rows'].append(row)
 
     holders = Counter(stage['holder'] for stage in stages)
-    attention = LayerAttention()
+    attention = AttentionWeights()
     for stage in stages:
         name = stage['holder'] if stage['holder'] and holders[stage['holder']] == 1 else stage['blocks'][0]
         T = len(stage['rows'])

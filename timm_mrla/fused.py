@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from timm_mrla.attention import NOT_RUN, run_with_hooks
+from timm_mrla.hooks import NOT_RUN, run_with_hooks
 from timm_mrla.layers import layer_attentions
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops import reason

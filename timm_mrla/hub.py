@@ -20,13 +20,14 @@ from timm_mrla.adapters import load_adapter, shrink
 from timm_mrla.checkpoints import load_checkpoint
 from timm_mrla.checks import check_new_folder, check_repo, explain_build_errors
 from timm_mrla.model_card import check_trainable, describe_backbone, model_card
-from timm_mrla.models._adapter import Adapter
-from timm_mrla.models._loops import SelfWithOverrides
+from timm_mrla.models import Adapter, SelfWithOverrides
 from timm_mrla.state_dict import gather_state_dict
 
 __all__ = ['load_adapter', 'load_checkpoint', 'load_folder', 'model_card', 'push_to_hub', 'save_pretrained']
 
-_GATE = re.compile(r'\.mrla\.norm(_x)?\.(weight|bias)$')  # all zero as long as layer attention adds nothing
+# norms among the output scales, all zero as long as layer attention adds nothing; by name, because layers of a sharded
+# model do not hold their whole tensors
+_OUTPUT_NORM = re.compile(r'\.mrla\.norm(_x)?\.(weight|bias)$')
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def save_pretrained(
     state_dict = gather_state_dict(model)
     if not state_dict:  # only the first process has it
         return
-    if not any(tensor.any() for name, tensor in state_dict.items() if _GATE.search(name)):
+    if not any(tensor.any() for name, tensor in state_dict.items() if _OUTPUT_NORM.search(name)):
         raise ValueError(
             'the layer attention of this model adds nothing yet, as a warm start leaves it; train it first'
         )

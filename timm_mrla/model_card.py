@@ -9,8 +9,7 @@ from torch import nn
 
 from timm_mrla.checks import check_metrics, check_mrla_name
 from timm_mrla.layers import MrlaLight, layer_attentions
-from timm_mrla.models._graft import is_lost
-from timm_mrla.models._weights import weights_source
+from timm_mrla.models import is_lost, weights_source
 
 __all__ = ['IMAGE_MODES', 'INSTALL', 'check_trainable', 'model_card']
 

@@ -10,7 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from timm_mrla.attention import LayerAttention
+from timm_mrla.attention import AttentionWeights
 
 __all__ = ['plot_attention', 'plot_feature_maps']
 
@@ -58,7 +58,7 @@ def _numbers(ax: Axes, weights: torch.Tensor, colors: ScalarMappable) -> None:
             ax.text(s + 0.5, t + 0.5, text, ha='center', va='center', fontsize=6.5, color=color)
 
 
-def plot_attention(attention: LayerAttention, heading: str, titles: list[str], heads: bool = False) -> Figure:
+def plot_attention(attention: AttentionWeights, heading: str, titles: list[str], heads: bool = False) -> Figure:
     """Draw a heat map of the weights for each stage, averaged over heads, or one for each head.
 
     Args:

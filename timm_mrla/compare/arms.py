@@ -9,8 +9,7 @@ from timm.models import is_model_pretrained
 from timm.utils import ParseKwargs
 
 from timm_mrla.checks import check_model_name, explain_build_errors
-from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
-from timm_mrla.models._weights import TAG
+from timm_mrla.models import BACKBONES, MODEL_ARGS, TAG
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,7 @@ class Sites(list[Site]):
 class Host:
     """Base of classes that hold blocks and pass them arguments that timm does not pass; a class of timm's follows."""
 
-    stock: type[nn.Module]  # timm's class
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        if not hasattr(cls, 'stock') and not issubclass(cls.__bases__[-1], Host):  # FSDP makes subclasses too
-            cls.stock = cls.__bases__[-1]
+    stock: type[nn.Module]  # timm's class, the second base
 
     @classmethod
     def convert(cls, module: nn.Module) -> None:

@@ -106,6 +106,8 @@ def _check_pool(global_pool: str | None) -> None:
 class Ceit(GridHost, VisionTransformer):
     """timm's vision transformer with the stem and the blocks above."""
 
+    stock = VisionTransformer
+
     def __init__(self, *args, num_heads: int = 3, global_pool: str = 'token', weight_init: str = '', **kwargs) -> None:
         dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
         _check_pool(global_pool)

@@ -9,6 +9,8 @@ from timm_mrla.models._transformer import GridHost, TokenBlock
 class MrlaEva(GridHost, Eva):
     """timm's transformer with MRLA-light."""
 
+    stock = Eva
+
 
 blocks = dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,)))
 register_entries(__name__, blocks, base=TokenBlock)

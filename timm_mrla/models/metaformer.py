@@ -13,6 +13,8 @@ from timm_mrla.models._registry import Recipe, register_entries
 class MrlaMetaFormerStage(Host, MetaFormerStage):
     """timm's stage, which passes the grid of its tokens to its blocks."""
 
+    stock = MetaFormerStage
+
     def forward(self, x: Tensor) -> Tensor:
         if self.use_nchw:
             return super().forward(x)

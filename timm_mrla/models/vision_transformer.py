@@ -12,9 +12,13 @@ from timm_mrla.models._transformer import GridHost, TokenBlock
 class MrlaVisionTransformer(GridHost, VisionTransformer):
     """timm's vision transformer with MRLA-light."""
 
+    stock = VisionTransformer
+
 
 class MrlaVisionTransformerDistilled(GridHost, VisionTransformerDistilled):
     """timm's distilled vision transformer with MRLA-light."""
+
+    stock = VisionTransformerDistilled
 
 
 _recipe = partial(Recipe, 'pre', layout='NLC', hosts=(MrlaVisionTransformer, MrlaVisionTransformerDistilled))
