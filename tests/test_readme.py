@@ -73,11 +73,10 @@ def kernels_on():
 # test_scripts.py runs the page on fine-tuning, because its code needs what its training commands write
 ELSEWHERE = (*RECIPES, 'docs/fine-tuning.md')
 WITH_CODE = [page for page in PAGES if page not in ELSEWHERE and code(PAGES[page])]
+SLOW = ('docs/detection.md', 'docs/getting-started.md', 'docs/how-it-works.md')
 
 
-@pytest.mark.parametrize(
-    'page', slow_except([p for p in WITH_CODE if p not in ('docs/detection.md', 'docs/getting-started.md')], WITH_CODE)
-)
+@pytest.mark.parametrize('page', slow_except([page for page in WITH_CODE if page not in SLOW], WITH_CODE))
 def test_code_runs(page, tmp_path, monkeypatch, hub, command_on_path, kernels_on):
     """Python blocks run from top to bottom in one namespace; those of getting-started.md each run alone.
 
