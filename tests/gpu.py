@@ -5,6 +5,8 @@ Triton's interpreter must be chosen before Triton is imported, so tests in it ru
 
 import copy
 import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -81,3 +83,11 @@ def assert_trains_as_plain(model, x):
     plain_losses, expected = steps(plain, x).double(), steps(exact, x.double())
     timm_mrla.set_fused(True)
     assert_close('losses', expected, losses, max(1e-5, 5 * ((plain_losses - expected).norm() / expected.norm()).item()))
+
+
+def run_in_interpreter(file, marked):
+    """Run the tests of a file with some marks in another process, in Triton's interpreter; return how many passed."""
+    command = [sys.executable, '-m', 'pytest', file, '-n', '0', '-q', '-p', 'no:cacheprovider', '-m', marked]
+    result = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:]
+    return int(result.stdout.split(' passed')[0].split()[-1])

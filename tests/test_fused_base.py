@@ -289,9 +289,9 @@ def test_ops_follow_the_rules_of_torch(form, before):
     memory = memory_of(before, 2, 32, 2, 3, 4)
     keys, values = [k.flatten(1) for k in memory[::2]], [*memory[1::2]]
     qk, w, lam = (torch.randn(*shape, device=DEVICE) for shape in ((2, 3), (9, 32), (32,)))
-    op, args = functions.base_folded, (x, keys, values, [3, 4], qk, w, lam, lam)
+    op, args = functions.base_folded.op, (x, keys, values, [3, 4], qk, w, lam, lam)
     if learns:
-        op, rest = functions.base, (None, None, None, 2, 1e-5, form == 'post', False, x.dtype, x.dtype)
+        op, rest = functions.base.op, (None, None, None, 2, 1e-5, form == 'post', False, x.dtype, x.dtype)
     tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     results = torch.library.opcheck(op, (*args, *(rest if learns else (2,))), test_utils=tests)
     assert set(results.values()) == {'SUCCESS'}

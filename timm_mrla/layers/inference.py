@@ -1,7 +1,11 @@
-"""Layer attention of the form `post` for inference: the batch norm is folded; without gradients, sums are in place.
+"""Layer attention of the form `post` in evaluation mode: the batch norm is folded into vectors of channels.
 
-The modules overwrite only tensors that they have made themselves and that nothing else refers to.
+`timm.utils.model.reparameterize_model` folds them once. Otherwise each call without gradients does, if nothing relies
+on the calls of the layer's submodules. Without gradients, sums are in place: only into tensors that were made here and
+that nothing else refers to.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +28,40 @@ def _fold(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return (scale, bias) if norm.weight is None else (scale * norm.weight, bias * norm.weight + norm.bias)
 
 
-def _cast(*parameters: nn.Parameter, like: torch.Tensor) -> list[torch.Tensor]:
+def _cast(*parameters: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
     """Parameters [C] in the dtype of a map, as [C, 1, 1]."""
     return [p.to(like.dtype)[:, None, None] for p in parameters]
+
+
+def _light(
+    layer: nn.Module,
+    value: Callable[[torch.Tensor], torch.Tensor],
+    scale: torch.Tensor | None,
+    lam: torch.Tensor,
+    bias: torch.Tensor,
+    x: torch.Tensor,
+    o: torch.Tensor,
+    feat_size: Grid,
+) -> torch.Tensor:
+    """`x + scale * g * v + lam * o + bias`; v = value(map) must be a tensor that nothing else refers to."""
+    x, prefix = to_map(x, layer.layout, feat_size)
+    o, _ = to_map(o, layer.layout, feat_size)
+    v = value(x)
+    g = layer.attn.per_channel(layer.attn(x, v.shape[1]), v.shape[1])
+    if scale is not None:
+        g = g * scale[:, None, None]
+    lam, bias = _cast(lam, bias, like=v)
+    if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
+        x = x + (g.to(v.dtype) * v + lam * o + bias)
+    else:
+        x = torch.addcmul(bias, g.to(v.dtype), v, out=v).addcmul_(lam, o).add_(x)
+    return from_map(x, layer.layout, prefix)
+
+
+def infer_light(mrla: nn.Module, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
+    """The output of a MrlaLight of the form `post` in evaluation mode, its norm folded in this call."""
+    scale, bias = _fold(mrla.norm)
+    return _light(mrla, mrla.v, scale, mrla.lam * scale, bias, x, o, feat_size)
 
 
 class InferenceLight(nn.Module):
@@ -43,20 +78,41 @@ class InferenceLight(nn.Module):
         self.lam = nn.Parameter(mrla.lam * scale)
         self.bias = nn.Parameter(bias)
 
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """The scaled value of a map. Not a module, because a hook on it could keep the tensor."""
+        return F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)
+
     def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
         if self.fused and (out := self.fused(self, x, o, feat_size)) is not None:
             return out
-        x, prefix = to_map(x, self.layout, feat_size)
-        o, _ = to_map(o, self.layout, feat_size)
-        g = self.attn.per_channel(self.attn(x, self.dim), self.dim)
-        # safe to overwrite below: only this function holds v, because no module with hooks returned it
-        v = F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)
-        lam, bias = _cast(self.lam, self.bias, like=v)
-        if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
-            x = x + (g.to(v.dtype) * v + lam * o + bias)
-        else:
-            x = torch.addcmul(bias, g.to(v.dtype), v, out=v).addcmul_(lam, o).add_(x)
-        return from_map(x, self.layout, prefix)
+        return _light(self, self.value, None, self.lam, self.bias, x, o, feat_size)
+
+
+def _base(
+    layer: nn.Module, scale: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, memory: Memory, feat_size: Grid
+) -> tuple[torch.Tensor, Memory]:
+    """`x + relu(sum_t scale * a_t * v_t + bias)` and the memory for the next block."""
+    x, prefix = to_map(x, layer.layout, feat_size)
+    dim = layer.v.out_channels
+    scores, k = layer.attn(x, dim, memory[::2])
+    memory = (*memory, k, v := layer.v(x))
+    scale, m = _cast(scale, bias, like=v)
+    weights = [layer.attn.per_channel(w, dim).to(v.dtype) * scale for w in scores.softmax(-1).unbind(-1)]
+    if torch.is_grad_enabled() or x.dtype != v.dtype:
+        for weight, value in zip(weights, memory[1::2], strict=True):
+            m = m + weight * value
+        x = x + m.relu()
+    else:
+        m = torch.addcmul(m, weights[0], memory[1])
+        for weight, value in zip(weights[1:], memory[3::2], strict=True):
+            m.addcmul_(weight, value)
+        x = m.relu_().add_(x)
+    return from_map(x, layer.layout, prefix), memory
+
+
+def infer_base(mrla: nn.Module, x: torch.Tensor, memory: Memory, feat_size: Grid) -> tuple[torch.Tensor, Memory]:
+    """Output and memory of a MrlaBase of the form `post` in evaluation mode, its norm folded in this call."""
+    return _base(mrla, *_fold(mrla.norm), x, memory, feat_size)
 
 
 class InferenceBase(nn.Module):
@@ -73,19 +129,4 @@ class InferenceBase(nn.Module):
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
             return out
-        x, prefix = to_map(x, self.layout, feat_size)
-        dim = self.v.out_channels
-        scores, k = self.attn(x, dim, memory[::2])
-        memory = (*memory, k, v := self.v(x))
-        scale, m = _cast(self.scale, self.bias, like=v)
-        weights = [self.attn.per_channel(w, dim).to(v.dtype) * scale for w in scores.softmax(-1).unbind(-1)]
-        if torch.is_grad_enabled() or x.dtype != v.dtype:
-            for weight, value in zip(weights, memory[1::2], strict=True):
-                m = m + weight * value
-            x = x + m.relu()
-        else:
-            m = torch.addcmul(m, weights[0], memory[1])
-            for weight, value in zip(weights[1:], memory[3::2], strict=True):
-                m.addcmul_(weight, value)
-            x = m.relu_().add_(x)
-        return from_map(x, self.layout, prefix), memory
+        return _base(self, self.scale, self.bias, x, memory, feat_size)

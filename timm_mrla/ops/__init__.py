@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
-from timm_mrla.layers.inference import InferenceBase, InferenceLight
-from timm_mrla.ops.reasons import reason, set_fused
+from timm_mrla.layers.inference import InferenceBase, InferenceLight, infer_base, infer_light
+from timm_mrla.ops.reasons import folds, reason, set_fused
 
 __all__ = ['fused', 'reason', 'set_fused']
 
@@ -13,12 +13,17 @@ __all__ = ['fused', 'reason', 'set_fused']
 def fused(
     layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory, feat_size: Grid = None
 ) -> torch.Tensor | tuple[torch.Tensor, Memory] | None:
-    """Run a layer in the kernels, or return None if they cannot run. other: the shortcut (light), the memory (base)."""
-    if reason(layer, x, other, feat_size):
-        return None
-    from timm_mrla.ops.dispatch import run  # defines custom ops, which takes time that only users of a GPU need
+    """Run a layer without calling its submodules one by one: in the kernels, or folded. None if it cannot.
 
-    return run(layer, x, other, feat_size)
+    other: the shortcut of MRLA-light, or the memory of MRLA-base.
+    """
+    if not reason(layer, x, other, feat_size):
+        from timm_mrla.ops.dispatch import run  # defines custom ops, which takes time that only users of a GPU need
+
+        return run(layer, x, other, feat_size)
+    if not folds(layer, x, other):
+        return None
+    return (infer_light if isinstance(layer, MrlaLight) else infer_base)(layer, x, other, feat_size)
 
 
 for layer in (MrlaLight, MrlaBase, InferenceLight, InferenceBase):

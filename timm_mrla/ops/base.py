@@ -8,27 +8,16 @@ values and keys.
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from timm_mrla.ops.base_memory import address, addresses, block, compute_value, grid_of, load, retrieve
-from timm_mrla.ops.common import (
-    head_blocks,
-    image_sums,
-    kernel,
-    load_channels,
-    query_key,
-    split,
-)
+from timm_mrla.ops.common import cdiv, head_blocks, image_sums, kernel, load_channels, power_of_2, query_key, split
+from timm_mrla.ops.light_post import BIAS, A, compute_channels
 from timm_mrla.ops.light_pre import norms, whole
 
 # tile sizes: positions, channels, warps
 BLOCK = {'BP': 32, 'BC': 64, 'num_warps': 4}
 SUMS = {'BP': 64, 'BC': 64, 'num_warps': 8}
-STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
-
-# rows of `channels` [5, C]: the norm is A * m + BIAS; VAR is the batch's unbiased variance
-A, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(5))
 
 
 @kernel
@@ -111,61 +100,6 @@ def _retrieved(table_ptr, a_ptr, m_ptr, rows_ptr, L, C, ROWS, PER_ROW, T, heads,
 
 
 @kernel
-def _statistics(
-    rows_ptr,
-    gamma_ptr,
-    beta_ptr,
-    mean_ptr,
-    var_ptr,
-    channels_ptr,
-    R,
-    L,
-    C,
-    ROWS,
-    PER_ROW,
-    eps,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """Computes channels [5, C] from rows [R, 2, C] of PER_ROW positions or running statistics. Reads no map."""
-    ch = tl.program_id(0) * BC + tl.arange(0, BC)
-    mask = ch < C
-    if mean_ptr is None:
-        n = (R // ROWS).to(tl.float32) * L
-        s = tl.zeros((BR, BC), tl.float32)
-        for r0 in range(0, R, BR):
-            r = r0 + tl.arange(0, BR)
-            count = tl.minimum(PER_ROW, L - (r % ROWS) * PER_ROW).to(tl.float32)[:, None]
-            at = r[:, None].to(tl.int64) * 2 * C + ch[None, :]
-            s += count * load(rows_ptr, at, (r < R)[:, None] & mask[None, :])
-        mean = tl.sum(s, 0) / n
-        s = tl.zeros((BR, BC), tl.float32)
-        for r0 in range(0, R, BR):
-            r = r0 + tl.arange(0, BR)
-            ok = (r < R)[:, None] & mask[None, :]
-            count = tl.minimum(PER_ROW, L - (r % ROWS) * PER_ROW).to(tl.float32)[:, None]
-            at = r[:, None].to(tl.int64) * 2 * C + ch[None, :]
-            away = tl.where(ok, load(rows_ptr, at, ok) - mean[None, :], 0.0)
-            s += count * away * away + load(rows_ptr + C, at, ok)
-        squares = tl.sum(s, 0)
-        var = squares / n
-        tl.store(channels_ptr + VAR * C + ch, squares / tl.maximum(n - 1.0, 1.0), mask=mask)
-    else:
-        mean = load(mean_ptr, ch, mask)
-        var = tl.load(var_ptr + ch, mask=mask, other=1.0).to(tl.float32)
-    rstd = 1.0 / tl.sqrt(var + eps)
-    a = rstd
-    bias = -mean * rstd
-    if gamma_ptr is not None:
-        a = rstd * load(gamma_ptr, ch, mask)
-        bias = load(beta_ptr, ch, mask) - mean * a
-    tl.store(channels_ptr + A * C + ch, a, mask=mask)
-    tl.store(channels_ptr + BIAS * C + ch, bias, mask=mask)
-    tl.store(channels_ptr + MEAN * C + ch, mean, mask=mask)
-    tl.store(channels_ptr + RSTD * C + ch, rstd, mask=mask)
-
-
-@kernel
 def _apply(
     x_ptr,
     table_ptr,
@@ -216,7 +150,7 @@ def _attention(
     scores, a = (rows.new_empty(B, heads, T) for _ in range(2))
     _attend[(B,)](
         *(rows, y, qk, table, k, scores, a, C, n, qk.shape[1], T, T, heads, 1 / L, (C // heads) ** -0.5),
-        BR=min(triton.next_power_of_2(n), 16),
+        BR=min(power_of_2(n), 16),
         **head_blocks(C, heads),
     )
     return k, y, a, table
@@ -257,18 +191,16 @@ def forward(
         _run_apply(x, table, a, v, None, None, None, s, out)
         return out, k, v, y, a, stats
 
-    v, rows = compute_value(x, grid, w, dtypes[1])
+    v, rows = compute_value(x, grid, w, dtypes[1], sums=True)
     k, y, a, table = _attention(rows, v, keys, values, qk, heads)
-    channels, m, rows, n, per_row = x.new_empty(5, C, dtype=torch.float32), None, None, 1, 1
-    programs = triton.cdiv(C, BLOCK['BC'])
+    m, n, per_row = None, 1, 1
+    programs = cdiv(C, BLOCK['BC'])
     if mean is None:
         m = torch.empty_like(v)
-        n, per_row = split(triton.cdiv(L, BLOCK['BP']), B * programs)
+        n, per_row = split(cdiv(L, BLOCK['BP']), B * programs)
         rows = x.new_empty(B * n, 2, C, dtype=torch.float32)
         _retrieved[(B * n, programs)](table, a, m, rows, L, C, n, per_row, a.shape[2], heads, **BLOCK)
-    _statistics[(triton.cdiv(C, STATISTICS['BC']),)](
-        rows, weight, bias, mean, var, channels, B * n, L, C, n, per_row * BLOCK['BP'], eps, **STATISTICS
-    )
+    channels = compute_channels(rows, (weight, bias, mean, var), (L, n, per_row * BLOCK['BP'], heads, eps))
     _run_apply(x, table, a, v, m, channels[A.value], channels[BIAS.value], s, out)
     return out, k, v, y, a, channels
 
@@ -286,7 +218,7 @@ def folded(
 ) -> tuple[torch.Tensor, ...]:
     """Return the output of the form `post` for inference, its norm given as scale and bias, and the key and value."""
     out = torch.empty_like(x)
-    v, rows = compute_value(x, grid, w, x.dtype)
+    v, rows = compute_value(x, grid, w, x.dtype, sums=True)
     k, _, a, table = _attention(rows, v, keys, values, qk, heads)
     _run_apply(x, table, a, v, None, scale, bias, None, out)
     return out, k, v

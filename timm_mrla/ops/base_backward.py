@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.base import BIAS, BLOCK, MEAN, RSTD, STATISTICS, SUMS, A
+from timm_mrla.ops.base import BLOCK, SUMS
 from timm_mrla.ops.base_memory import (
     VALUE,
     address,
@@ -16,7 +16,8 @@ from timm_mrla.ops.base_memory import (
     load_weight,
     retrieve,
 )
-from timm_mrla.ops.common import head_blocks, kernel, load_channels, query_key, query_key_backward, split, total
+from timm_mrla.ops.common import cdiv, head_blocks, kernel, load_channels, query_key, query_key_backward, split, total
+from timm_mrla.ops.light_post import BIAS, MEAN, RSTD, STATISTICS, A
 from timm_mrla.ops.light_post_backward import gradient_maps as post_gradient_maps
 from timm_mrla.ops.light_pre import whole
 from timm_mrla.ops.light_pre_backward import gradient_maps as pre_gradient_maps
@@ -273,7 +274,7 @@ def backward(
     L, P, channels = H * W, N - H * W, statistics if post else None
     v, _ = compute_value(x, grid, w, dtype, (None, None, None) if post else (weight, bias, statistics))
     table = addresses([*keys, y], [*values, v])  # y is a placeholder: nothing reads this block's key
-    R, entries = B * triton.cdiv(L, SUMS['BP']), 3 if train else 1
+    R, entries = B * cdiv(L, SUMS['BP']), 3 if train else 1
     m, back, linear = (torch.empty_like(v), *x.new_empty(2 * R + 2, C, dtype=torch.float32).split([2 * R, 2]))
     sums, da = x.new_empty(R * T * entries + B * T, C, dtype=torch.float32).split([R * T * entries, B * T])
     vectors = x.new_empty(C, 2, dtype=torch.float32)
@@ -281,12 +282,10 @@ def backward(
         *(d, table, a, v, channels, s, m, sums, back, P, L, C, T, heads), ENTRIES=entries, **SUMS
     )
     if post:
-        _gradient_statistics[(triton.cdiv(C, STATISTICS['BC']),)](
+        _gradient_statistics[(cdiv(C, STATISTICS['BC']),)](
             back, channels, linear, vectors, R, C, 1 / (B * L) if train else 0.0, **STATISTICS
         )
-    _gradient_weights[(B * T, triton.cdiv(C, 32))](
-        sums, channels, linear, da, C, R // B, T, ENTRIES=entries, BR=16, BC=32
-    )
+    _gradient_weights[(B * T, cdiv(C, 32))](sums, channels, linear, da, C, R // B, T, ENTRIES=entries, BR=16, BC=32)
 
     scratch = x.new_empty(B * (3 * C + heads * T + 2 * qk.shape[1]), dtype=torch.float32)
     e, buffer, by_head, dqk = scratch.split([B * C, 2 * B * C, B * heads * T, 2 * B * qk.shape[1]])
@@ -304,8 +303,8 @@ def backward(
         d, a, m, channels, linear, s, later, dvalues, dv, B, P, L, C, T, heads, **BLOCK
     )
     dx = torch.empty_like(x)
-    n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))
-    taps, programs = x.new_empty(B * n, 9, C, dtype=torch.float32), (B * n, triton.cdiv(C, VALUE['BC']))
+    n, tiles = split(cdiv(H, VALUE['TH']) * cdiv(W, VALUE['TW']), B * cdiv(C, VALUE['BC']))
+    taps, programs = x.new_empty(B * n, 9, C, dtype=torch.float32), (B * n, cdiv(C, VALUE['BC']))
     if post:
         post_gradient_maps[programs](x, d, dv, w, None, e, None, dx, None, taps, H, W, C, n, tiles, heads, **VALUE)
     else:

@@ -5,9 +5,8 @@ The ops are functional: they modify no argument. They import the kernels, and so
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from timm_mrla.ops.light_functions import second_order
+from timm_mrla.ops.operator import operator, second_order
 
 
 def _aligned(tensors: list[Tensor]) -> list[Tensor]:
@@ -15,7 +14,7 @@ def _aligned(tensors: list[Tensor]) -> list[Tensor]:
     return [t.clone() if t.data_ptr() % 16 else t for t in tensors]
 
 
-@custom_op('timm_mrla::base', mutates_args=())
+@operator('timm_mrla::base')
 def base(
     x: Tensor,
     keys: list[Tensor],
@@ -51,7 +50,7 @@ def base(
 
     Returns:
         The output, the key and the value of this block, and three tensors for backward. If post, the last one is
-        [5, C]; its rows 2 and 4 are the mean and the unbiased variance of the batch.
+        [6, C]; its rows 2 and 4 are the mean and the unbiased variance of the batch.
     """
     from timm_mrla.ops import base as kernels
 
@@ -70,11 +69,11 @@ def _empty_value(x: Tensor, grid: list[int], dtype: torch.dtype) -> Tensor:
 def _(x, keys, values, grid, qk, w, weight, bias, mean, var, s, heads, eps, post, rms, dtype, value_dtype):
     B, N, C = x.shape
     k, y, a = (x.new_empty(*shape, dtype=torch.float32) for shape in ((B, C), (B, C), (B, heads, len(values) + 1)))
-    statistics = x.new_empty(*((5, C) if post else (B, 2, 2, N)), dtype=torch.float32)
+    statistics = x.new_empty(*((6, C) if post else (B, 2, 2, N)), dtype=torch.float32)
     return torch.empty_like(x, dtype=dtype), k, _empty_value(x, grid, value_dtype), y, a, statistics
 
 
-@custom_op('timm_mrla::base_backward', mutates_args=())
+@operator('timm_mrla::base_backward')
 def _base_backward(
     d: Tensor,
     dk: Tensor | None,
@@ -121,6 +120,7 @@ def _save(ctx, inputs, output) -> None:
     x, keys, values, ctx.grid, qk, w, weight, bias, mean, _, s, _, _, ctx.post, ctx.rms, _, ctx.value_dtype = inputs
     ctx.train = ctx.post and mean is None
     ctx.save_for_backward(x, qk, w, weight, bias, s, *output[3:], *keys, *values)
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
@@ -137,11 +137,11 @@ def _differentiate(ctx, d, dk, dv, *_):
     return dx, *before, None, dqk, dw.t(), *dnorm, None, None, None, None, None, None, None, None, None
 
 
-base.register_autograd(_differentiate, setup_context=_save)
+base.register_autograd(_differentiate, _save)
 _base_backward.register_autograd(second_order)
 
 
-@custom_op('timm_mrla::base_folded', mutates_args=())
+@operator('timm_mrla::base_folded')
 def base_folded(
     x: Tensor,
     keys: list[Tensor],

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.common import kernel, load_channels, load_map, positions, split, stencil, store_map
+from timm_mrla.ops.common import cdiv, kernel, load_channels, load_map, positions, split, stencil, store_map
 from timm_mrla.ops.light_pre import load_vector, normed_stencil
 
 # tile sizes: rows, columns, channels, warps; the same as for MRLA-light
@@ -76,7 +76,7 @@ def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Ten
 
 def grid_of(B: int, L: int, C: int, BP: int, BC: int, **_) -> tuple[int, int]:
     """The launch grid of a kernel in which a program works on one block of positions."""
-    return B * triton.cdiv(L, BP), triton.cdiv(C, BC)
+    return B * cdiv(L, BP), cdiv(C, BC)
 
 
 @kernel
@@ -100,7 +100,7 @@ def _value(
 ):
     """Computes v, the stencil of x or, with stats, of x after its norm. Reads x, writes one map.
 
-    rows [B * ROWS, C]: sums of x, only without stats.
+    rows [B * ROWS, C]: sums of x, or None.
     """
     row, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
     b = (row // ROWS).to(tl.int64)
@@ -113,12 +113,13 @@ def _value(
         h, w = positions(tile, W, TH, TW)
         if stats_ptr is None:
             v = stencil(x_ptr, w_ptr, h, w, ch, H, W, C)
-            s += load_map(x_ptr, h, w, ch, H, W, C)
+            if rows_ptr is not None:
+                s += load_map(x_ptr, h, w, ch, H, W, C)
         else:
             weight, bias = load_channels(nw_ptr, ch, C), load_vector(nb_ptr, ch, C, 0.0)
             v = normed_stencil(x_ptr, stats_ptr + b * 4 * N + P, w_ptr, weight, bias, h, w, ch, H, W, C, N)
         store_map(v_ptr, v, h, w, ch, H, W, C)
-    if stats_ptr is None:
+    if rows_ptr is not None:
         tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
 
 
@@ -128,14 +129,15 @@ def compute_value(
     w: torch.Tensor,
     dtype: torch.dtype,
     normed: tuple[torch.Tensor | None, ...] = (None, None, None),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the value v in dtype, and the sums of x over rows [B, n, C], which only the form `post` fills.
+    sums: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the value v in dtype, and if wanted, sums of x over rows [B, n, C], which the form `post` needs.
 
     normed: weight, bias and statistics of the norm of x in the form `pre`.
     """
     (B, N, C), (H, W) = x.shape, grid
-    n, tiles = split(triton.cdiv(H, VALUE['TH']) * triton.cdiv(W, VALUE['TW']), B * triton.cdiv(C, VALUE['BC']))
+    n, tiles = split(cdiv(H, VALUE['TH']) * cdiv(W, VALUE['TW']), B * cdiv(C, VALUE['BC']))
     v = torch.empty(B, C, H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-    rows = x.new_empty(B, n, C, dtype=torch.float32)
-    _value[(B * n, triton.cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
+    rows = x.new_empty(B, n, C, dtype=torch.float32) if sums else None
+    _value[(B * n, cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
     return v, rows

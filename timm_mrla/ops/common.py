@@ -7,6 +7,8 @@ atomics, so results are reproducible bit by bit. All arithmetic is in float32.
 
 # ruff: noqa: RUF005  Triton has no unpacking of tuples
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -251,20 +253,31 @@ def sum_rows(rows_ptr, out_ptr, R, K, C, BR: tl.constexpr, BC: tl.constexpr):
     tl.store(out_ptr + ch * K + k, tl.sum(s, 0).to(out_ptr.dtype.element_ty), mask=ch < C)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own function takes several microseconds, as its next_power_of_2 does."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def head_blocks(C: int, heads: int) -> dict[str, int]:
     """Block sizes of the kernels that loop over heads, such as `gate`: channels, heads, channels of a head."""
-    D = triton.next_power_of_2(C // heads)
+    D = power_of_2(C // heads)
     return {
-        'BC': min(triton.next_power_of_2(C), 256),
-        'HB': max(1, min(triton.next_power_of_2(heads), 512 // D)),
+        'BC': min(power_of_2(C), 256),
+        'HB': max(1, min(power_of_2(heads), 512 // D)),
         'D': D,
     }
 
 
 def split(tiles: int, programs: int) -> tuple[int, int]:
     """Split an image into rows: number of rows, tiles of a row. programs: launched for one row of every image."""
-    per_row = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // programs)))
-    return triton.cdiv(tiles, per_row), per_row
+    per_row = cdiv(tiles, max(1, min(tiles, PROGRAMS // programs)))
+    return cdiv(tiles, per_row), per_row
 
 
 def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +286,7 @@ def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: in
     y, g = sums.new_empty(B, C), sums.new_empty(B, heads)
     gate[(B,)](
         *(sums, y, qk, g, C, rows, sums.stride(1), qk.shape[1], heads, 1 / positions, (C // heads) ** -0.5),
-        BR=min(triton.next_power_of_2(rows), 16),
+        BR=min(power_of_2(rows), 16),
         **head_blocks(C, heads),
     )
     return y, g
@@ -296,5 +309,5 @@ def total(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum rows [R, K, C] to [C, K] in dtype."""
     R, K, C = rows.shape
     out = rows.new_empty(C, K, dtype=dtype)
-    sum_rows[(triton.cdiv(C, 32), K)](rows, out, R, K, C, BR=32, BC=32)
+    sum_rows[(cdiv(C, 32), K)](rows, out, R, K, C, BR=32, BC=32)
     return out

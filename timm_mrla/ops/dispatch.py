@@ -1,4 +1,4 @@
-"""Runs a layer in the fused kernels where they can run: collects the layer's tensors and calls its custom op."""
+"""Runs a layer in the fused kernels: collects the layer's tensors and calls its custom op."""
 
 import torch
 from timm.layers import DropPath
@@ -28,7 +28,7 @@ def _scale(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def _update_statistics(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> None:
+def _update_statistics(norm: nn.Module, channels: torch.Tensor) -> None:
     """Update the running statistics of a batch norm in training mode, as its own forward pass does."""
     if not (norm.training and norm.track_running_stats):
         return
@@ -36,7 +36,7 @@ def _update_statistics(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor) -
     momentum = norm.momentum
     if momentum is None:  # cumulative average, as in nn.BatchNorm2d
         momentum = 1.0 / norm.num_batches_tracked
-    for running, statistic in ((norm.running_mean, mean), (norm.running_var, var)):
+    for running, statistic in ((norm.running_mean, channels[2]), (norm.running_var, channels[4])):
         running.lerp_(statistic.to(running.dtype), momentum)
 
 
@@ -52,7 +52,7 @@ def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tenso
         *(x, o, _qk(layer), _taps(layer.v.weight), layer.lam, norm.weight, norm.bias, *statistics, _scale(layer, x)),
         *(layer.attn.num_heads, norm.eps),
     )
-    _update_statistics(norm, channels[3], channels[5])
+    _update_statistics(norm, channels)
     return out
 
 
@@ -111,7 +111,7 @@ def _run_base(
             *(is_post, is_rms_norm(norm), dtype, v_dtype),
         )
         if is_post:
-            _update_statistics(norm, channels[2], channels[4])
+            _update_statistics(norm, channels)
     return _from_tokens(layer, out, grid), (*memory, k.unflatten(1, (heads, -1)), v)
 
 

@@ -5,17 +5,11 @@ The ops are functional: they modify no argument. They import the kernels, and so
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+
+from timm_mrla.ops.operator import operator, second_order
 
 
-def second_order(ctx, *grads) -> None:
-    raise RuntimeError(
-        'the fused kernels of layer attention have no second derivative: call timm_mrla.set_fused(False) before the '
-        'forward pass'
-    )
-
-
-@custom_op('timm_mrla::light_post', mutates_args=())
+@operator('timm_mrla::light_post')
 def light_post(
     x: Tensor,
     o: Tensor,
@@ -42,7 +36,7 @@ def light_post(
         heads, eps: Number of heads; epsilon of the norm.
 
     Returns:
-        The output, and four tensors for backward. The second of them is [6, C]; its rows 3 and 5 are the mean and the
+        The output, and four tensors for backward. The second of them is [6, C]; its rows 2 and 4 are the mean and the
         unbiased variance of the batch.
     """
     from timm_mrla.ops import light_post as kernels
@@ -61,7 +55,7 @@ def _(x, o, qk, w, lam, gamma, beta, mean, var, s, heads, eps):
     return torch.empty_like(x), rows, channels, y, x.new_empty(B, heads, dtype=torch.float32)
 
 
-@custom_op('timm_mrla::light_post_backward', mutates_args=())
+@operator('timm_mrla::light_post_backward')
 def _light_post_backward(
     d: Tensor,
     x: Tensor,
@@ -93,6 +87,8 @@ def _(d, x, o, qk, w, lam, s, rows, channels, y, g, train):
 def _save_post(ctx, inputs, output) -> None:
     x, o, qk, w, lam, gamma, _, mean, _, s, _, _ = inputs
     ctx.save_for_backward(x, o, qk, w, lam, s, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.train, ctx.dtypes = mean is None, (gamma if gamma is None else gamma.dtype, lam.dtype)
 
 
@@ -103,11 +99,11 @@ def _differentiate_post(ctx, d, *_):
     return dx, do, dqk, dw.t(), vectors[2].to(dtype), dgamma, dbeta, None, None, None, None, None
 
 
-light_post.register_autograd(_differentiate_post, setup_context=_save_post)
+light_post.register_autograd(_differentiate_post, _save_post)
 _light_post_backward.register_autograd(second_order)
 
 
-@custom_op('timm_mrla::light_folded', mutates_args=())
+@operator('timm_mrla::light_folded')
 def light_folded(x: Tensor, o: Tensor, qk: Tensor, w: Tensor, lam: Tensor, bias: Tensor, heads: int) -> Tensor:
     """MRLA-light of the form `post` for inference, its norm folded into w [9, C], lam and bias [C]."""
     from timm_mrla.ops import light_post as kernels
@@ -121,7 +117,7 @@ def _(x, o, qk, w, lam, bias, heads):
     return torch.empty_like(x)
 
 
-@custom_op('timm_mrla::light_pre', mutates_args=())
+@operator('timm_mrla::light_pre')
 def light_pre(
     x: Tensor,
     o: Tensor,
@@ -166,7 +162,7 @@ def _(x, o, grid, qk, w, lam, nw, nb, ow, ob, s, heads, eps, rms, dtype, gradien
     return torch.empty_like(x, dtype=dtype), stats, y, g
 
 
-@custom_op('timm_mrla::light_pre_backward', mutates_args=())
+@operator('timm_mrla::light_pre_backward')
 def _light_pre_backward(
     d: Tensor,
     x: Tensor,
@@ -202,6 +198,8 @@ def _(d, x, o, grid, qk, w, lam, nw, nb, ow, ob, s, stats, y, g, rms, dtype):
 def _save_pre(ctx, inputs, output) -> None:
     x, o, ctx.grid, qk, w, lam, nw, nb, ow, ob, s, _, _, ctx.rms, _, ctx.dtype = inputs
     ctx.save_for_backward(x, o, qk, w, lam, nw, nb, ow, ob, s, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_pre(ctx, d, *_):
@@ -214,5 +212,5 @@ def _differentiate_pre(ctx, d, *_):
     return dx, do, None, dqk, dw.t(), dlam, *dnorms, None, None, None, None, None, None
 
 
-light_pre.register_autograd(_differentiate_pre, setup_context=_save_pre)
+light_pre.register_autograd(_differentiate_pre, _save_pre)
 _light_pre_backward.register_autograd(second_order)

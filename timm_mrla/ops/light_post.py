@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    cdiv,
     compute_gate,
     is_inside,
     kernel,
@@ -31,8 +32,8 @@ STATISTICS = {'BR': 64, 'BC': 16, 'num_warps': 8}
 
 # entries of `rows` [R, 7, C]: number of positions, sum of x, means of v and o, sums of centered products
 COUNT, SUM_X, MEAN_V, MEAN_O, VV, VO, OO = (tl.constexpr(i) for i in range(7))
-# rows of `channels` [6, C]: out = x + s * (A * g * v + LAM * o + BIAS); VAR is the batch's unbiased variance
-A, LAM, BIAS, MEAN, RSTD, VAR = (tl.constexpr(i) for i in range(6))
+# rows of `channels` [6, C]: the norm is A * m + BIAS; VAR is the batch's unbiased variance; MRLA-light: LAM = A * lam
+A, BIAS, MEAN, RSTD, VAR, LAM = (tl.constexpr(i) for i in range(6))
 
 
 @kernel
@@ -104,6 +105,21 @@ def load_gates(g_ptr, r, mask, ch, C, ROWS, heads):
     return tl.load(g_ptr + (r // ROWS)[:, None] * heads + (ch // (C // heads))[None, :], mask=mask, other=0.0)
 
 
+@triton.jit
+def _moments(rows_ptr, g_ptr, lam_ptr, r, ok, ch, C, L, ROWS, PER_ROW, heads):
+    """Of rows r: the number of positions, the mean of m, and its squared distances to this mean, [BR, BC]."""
+    if lam_ptr is None:
+        at = entries(rows_ptr, r, ch, 2, C)
+        count = tl.minimum(PER_ROW, L - (r % ROWS) * PER_ROW).to(tl.float32)[:, None]
+        return tl.where(ok, count, 0.0), entry(at, 0, ok, C), entry(at, 1, ok, C)
+    else:
+        at = entries(rows_ptr, r, ch, 7, C)
+        g = load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
+        lam = load_channels(lam_ptr, ch, C)
+        squares = g * g * entry(at, VV, ok, C) + 2 * g * lam * entry(at, VO, ok, C) + lam * lam * entry(at, OO, ok, C)
+        return entry(at, COUNT, ok, C), g * entry(at, MEAN_V, ok, C) + lam * entry(at, MEAN_O, ok, C), squares
+
+
 @kernel
 def _statistics(
     rows_ptr,
@@ -115,42 +131,39 @@ def _statistics(
     var_ptr,
     channels_ptr,
     R,
+    L,
     C,
     ROWS,
+    PER_ROW,
     heads,
     eps,
-    TRAIN: tl.constexpr,
-    AFFINE: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Computes channels [6, C] of the norm of m, from rows [R, 7, C] or running statistics. Reads no map."""
+    """Computes channels [6, C] of the norm of m, from rows or from running statistics. Reads no map.
+
+    rows [R, 7, C], or in MRLA-base, without lam, [R, 2, C] of PER_ROW of the L positions: mean and squared distances.
+    """
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
     mask = ch < C
-    lam = load_channels(lam_ptr, ch, C)
-    if TRAIN:
+    if mean_ptr is None:
         n = tl.zeros((BR, BC), tl.float32)
         s = n
         for r0 in range(0, R, BR):
             r = r0 + tl.arange(0, BR)
             ok = (r < R)[:, None] & mask[None, :]
-            at = entries(rows_ptr, r, ch, 7, C)
-            g = load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
-            count = entry(at, COUNT, ok, C)
+            count, m, _ = _moments(rows_ptr, g_ptr, lam_ptr, r, ok, ch, C, L, ROWS, PER_ROW, heads)
             n += count
-            s += count * (g * entry(at, MEAN_V, ok, C) + lam * entry(at, MEAN_O, ok, C))
+            s += count * m
         total_n = tl.maximum(tl.sum(n, 0), 1.0)
         mean = tl.sum(s, 0) / total_n
         s = tl.zeros((BR, BC), tl.float32)
         for r0 in range(0, R, BR):
             r = r0 + tl.arange(0, BR)
             ok = (r < R)[:, None] & mask[None, :]
-            at = entries(rows_ptr, r, ch, 7, C)
-            g = load_gates(g_ptr, r, ok, ch, C, ROWS, heads)
-            away = g * entry(at, MEAN_V, ok, C) + lam * entry(at, MEAN_O, ok, C) - mean[None, :]
-            s += entry(at, COUNT, ok, C) * away * away
-            s += g * g * entry(at, VV, ok, C) + 2 * g * lam * entry(at, VO, ok, C)
-            s += lam * lam * entry(at, OO, ok, C)
+            count, m, within = _moments(rows_ptr, g_ptr, lam_ptr, r, ok, ch, C, L, ROWS, PER_ROW, heads)
+            away = m - mean[None, :]
+            s += count * away * away + within
         squares = tl.sum(s, 0)
         var = squares / total_n
         tl.store(channels_ptr + VAR * C + ch, squares / tl.maximum(total_n - 1.0, 1.0), mask=mask)
@@ -160,14 +173,15 @@ def _statistics(
     rstd = 1.0 / tl.sqrt(var + eps)
     a = rstd
     bias = -mean * rstd
-    if AFFINE:
+    if gamma_ptr is not None:
         a = rstd * tl.load(gamma_ptr + ch, mask=mask, other=0.0).to(tl.float32)
         bias = tl.load(beta_ptr + ch, mask=mask, other=0.0).to(tl.float32) - mean * a
     tl.store(channels_ptr + A * C + ch, a, mask=mask)
-    tl.store(channels_ptr + LAM * C + ch, a * tl.sum(lam, 0), mask=mask)
     tl.store(channels_ptr + BIAS * C + ch, bias, mask=mask)
     tl.store(channels_ptr + MEAN * C + ch, mean, mask=mask)
     tl.store(channels_ptr + RSTD * C + ch, rstd, mask=mask)
+    if lam_ptr is not None:
+        tl.store(channels_ptr + LAM * C + ch, a * tl.load(lam_ptr + ch, mask=mask, other=0.0).to(tl.float32), mask=mask)
 
 
 @kernel
@@ -185,23 +199,21 @@ def _apply(
     W,
     C,
     heads,
-    FOLDED: tl.constexpr,
-    DROP: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Computes x + s * (a * g * v + lam * o + bias). Reads x and o, writes one map. FOLDED: w contains a."""
+    """Computes x + s * (a * g * v + lam * o + bias). Reads x and o, writes one map. Without a, w contains it."""
     tiles = tl.cdiv(H, TH) * tl.cdiv(W, TW)
     b, ch = tl.program_id(0) // tiles, tl.program_id(1) * BC + tl.arange(0, BC)
     h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
     base = b.to(tl.int64) * H * W * C
     a = load_gate(g_ptr, b, ch, C, heads)
-    if not FOLDED:
+    if a_ptr is not None:
         a *= load_channels(a_ptr, ch, C)
     m = a * stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C)
     m += load_channels(lam_ptr, ch, C) * load_map(o_ptr + base, h, w, ch, H, W, C) + load_channels(bias_ptr, ch, C)
-    if DROP:
+    if s_ptr is not None:
         m *= tl.load(s_ptr + b)
     store_map(out_ptr + base, load_map(x_ptr + base, h, w, ch, H, W, C) + m, h, w, ch, H, W, C)
 
@@ -221,10 +233,24 @@ def _mean_sums(x_ptr, rows_ptr, P, C, ROWS, PER_ROW, BP: tl.constexpr, BC: tl.co
     tl.store(rows_ptr + row.to(tl.int64) * C + ch, tl.sum(s, 0), mask=ch < C)
 
 
+def compute_channels(
+    rows: torch.Tensor,
+    norm: tuple[torch.Tensor | None, ...],
+    sizes: tuple[int | float, ...],
+    g: torch.Tensor | None = None,
+    lam: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The rows A to LAM [6, C] of a norm: weight, bias, running mean and variance. sizes: L to eps of the kernel."""
+    (R, _, C), (L, *others) = rows.shape, sizes
+    channels = rows.new_empty(6, C)
+    _statistics[(cdiv(C, STATISTICS['BC']),)](rows, g, lam, *norm, channels, R, L, C, *others, **STATISTICS)
+    return channels
+
+
 def split_rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
     """Number of rows of each image, and of tiles of a row."""
     B, C, H, W = x.shape
-    return split(triton.cdiv(H, TH) * triton.cdiv(W, TW), B * triton.cdiv(C, BC))
+    return split(cdiv(H, TH) * cdiv(W, TW), B * cdiv(C, BC))
 
 
 def rows_of(x: torch.Tensor) -> int:
@@ -235,15 +261,13 @@ def rows_of(x: torch.Tensor) -> int:
 def grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
     """The launch grid of a kernel in which a program writes one tile."""
     B, C, H, W = x.shape
-    return B * triton.cdiv(H, TH) * triton.cdiv(W, TW), triton.cdiv(C, BC)
+    return B * cdiv(H, TH) * cdiv(W, TW), cdiv(C, BC)
 
 
 def _run_apply(x, o, w, g, a, lam, bias, s) -> torch.Tensor:
     _, C, H, W = x.shape
     out = torch.empty_like(x)
-    _apply[grid(x, **APPLY)](
-        x, o, w, g, a, lam, bias, s, out, H, W, C, g.shape[1], FOLDED=a is None, DROP=s is not None, **APPLY
-    )
+    _apply[grid(x, **APPLY)](x, o, w, g, a, lam, bias, s, out, H, W, C, g.shape[1], **APPLY)
     return out
 
 
@@ -268,15 +292,9 @@ def forward(
     B, C, H, W = x.shape
     n, tiles = split_rows(x, **SUMS)
     rows = x.new_empty(B, n, 7, C, dtype=torch.float32)
-    _sums[(B * n, triton.cdiv(C, SUMS['BC']))](x, o, w, rows, H, W, C, n, tiles, **SUMS)
+    _sums[(B * n, cdiv(C, SUMS['BC']))](x, o, w, rows, H, W, C, n, tiles, **SUMS)
     y, g = compute_gate(rows[:, :, SUM_X.value], qk, heads, H * W)
-    channels = x.new_empty(6, C, dtype=torch.float32)
-    _statistics[(triton.cdiv(C, STATISTICS['BC']),)](
-        *(rows, g, lam, gamma, beta, mean, var, channels, B * n, C, n, heads, eps),
-        TRAIN=mean is None,
-        AFFINE=gamma is not None,
-        **STATISTICS,
-    )
+    channels = compute_channels(rows.view(B * n, 7, C), (gamma, beta, mean, var), (H * W, n, 1, heads, eps), g, lam)
     return _run_apply(x, o, w, g, channels[A.value], channels[LAM.value], channels[BIAS.value], s), rows, channels, y, g
 
 
@@ -292,8 +310,8 @@ def folded(
     """Return the output for inference, the norm folded into w, lam and bias."""
     B, C, H, W = x.shape
     BP, BC = 16, 64
-    n, tiles = split(triton.cdiv(H * W, BP), B * triton.cdiv(C, BC))
+    n, tiles = split(cdiv(H * W, BP), B * cdiv(C, BC))
     rows = x.new_empty(B, n, C, dtype=torch.float32)
-    _mean_sums[(B * n, triton.cdiv(C, BC))](x, rows, H * W, C, n, tiles * BP, BP=BP, BC=BC)
+    _mean_sums[(B * n, cdiv(C, BC))](x, rows, H * W, C, n, tiles * BP, BP=BP, BC=BC)
     _, g = compute_gate(rows, qk, heads, H * W)
     return _run_apply(x, o, w, g, None, lam, bias, None)

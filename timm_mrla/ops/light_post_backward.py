@@ -1,10 +1,10 @@
 """Kernels of MRLA-light in the form `post`, backward. The docstring of light_post.py lists the shapes."""
 
 import torch
-import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    cdiv,
     compute_gate_backward,
     kernel,
     load_channels,
@@ -93,7 +93,6 @@ def _gradient_statistics(
     ROWS,
     heads,
     TRAIN: tl.constexpr,
-    DROP: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -118,7 +117,7 @@ def _gradient_statistics(
         away = g * entry(at, MEAN_V, ok, C) + lam * entry(at, MEAN_O, ok, C) - mean
         d = entry(back, 0, ok, C)
         dm = g * entry(back, 1, ok, C) + lam * entry(back, 2, ok, C) + away * d
-        if DROP:
+        if s_ptr is not None:
             s = tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
             d *= s
             dm *= s
@@ -143,7 +142,7 @@ def _gradient_statistics(
         mean_o = entry(at, MEAN_O, ok, C)
         vo = entry(at, VO, ok, C)
         k = a
-        if DROP:
+        if s_ptr is not None:
             k = a * tl.load(s_ptr + r // ROWS, mask=r < R, other=0.0)[:, None]
         # dm: the sum of dm over the row; its products with the row's means of v and o are parts of dg and dlam
         away = g * mean_v + lam * mean_o - mean
@@ -176,7 +175,6 @@ def _gradient_m(
     W,
     C,
     heads,
-    DROP: tl.constexpr,
     TH: tl.constexpr,
     TW: tl.constexpr,
     BC: tl.constexpr,
@@ -187,7 +185,7 @@ def _gradient_m(
     h, w = positions(tl.program_id(0) % tiles, W, TH, TW)
     base = b.to(tl.int64) * H * W * C
     k = load_channels(a_ptr, ch, C)
-    if DROP:
+    if s_ptr is not None:
         k *= tl.load(s_ptr + b)
     dm = load_channels(linear_ptr, ch, C) * load_gate(g_ptr, b, ch, C, heads)
     dm *= stencil(x_ptr + base, w_ptr, h, w, ch, H, W, C)
@@ -263,25 +261,20 @@ def backward(
     B, C, H, W = x.shape
     n, heads = rows.shape[1], g.shape[1]
     _, tiles = split_rows(x, **SUMS)
-    blocks = triton.cdiv(C, SUMS['BC'])
+    blocks = cdiv(C, SUMS['BC'])
     R = B * n
     back, dg, linear = x.new_empty(4 * R + 3, C, dtype=torch.float32).split([3 * R, R, 3])
     vectors = x.new_empty(3, C, dtype=torch.float32)
     _gradient_sums[(R, blocks)](x, o, d, w, rows, back, H, W, C, n, tiles, **SUMS)
-    _gradient_statistics[(triton.cdiv(C, STATISTICS['BC']),)](
+    _gradient_statistics[(cdiv(C, STATISTICS['BC']),)](
         *(rows, back, g, lam, channels, s, linear, vectors, dg, R, C, n, heads),
         TRAIN=train,
-        DROP=s is not None,
         **STATISTICS,
     )
     dqk, e = compute_gate_backward(y, g, dg.view(B, n, C), qk, H * W)
     dm, dx, do = torch.empty_like(x), torch.empty_like(x), torch.empty_like(o)
-    _gradient_m[grid(x, **MAPS)](
-        x, o, d, w, g, channels[A.value], linear, s, dm, H, W, C, heads, DROP=s is not None, **MAPS
-    )
+    _gradient_m[grid(x, **MAPS)](x, o, d, w, g, channels[A.value], linear, s, dm, H, W, C, heads, **MAPS)
     n, tiles = split_rows(x, **MAPS)
     taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
-    gradient_maps[(B * n, triton.cdiv(C, MAPS['BC']))](
-        x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS
-    )
+    gradient_maps[(B * n, cdiv(C, MAPS['BC']))](x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS)
     return dx, do, dqk, total(taps, w.dtype), vectors

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    cdiv,
     compute_gate,
     is_inside,
     kernel,
@@ -19,6 +20,7 @@ from timm_mrla.ops.common import (
     load_gate,
     load_map,
     positions,
+    power_of_2,
     split,
     store_map,
 )
@@ -168,9 +170,9 @@ def whole(x: torch.Tensor, elements: int, programs: int = 1) -> tuple[int, int, 
     A block has at most 8 positions and `elements` elements, but at least one position. A thread has at most 8 elements.
     """
     B, N, C = x.shape
-    BC = triton.next_power_of_2(C)
+    BC = power_of_2(C)
     BP = max(1, min(8, elements // BC))
-    rows, blocks = split(triton.cdiv(N, BP), B * programs)
+    rows, blocks = split(cdiv(N, BP), B * programs)
     return rows, blocks * BP, {'BP': BP, 'BC': BC, 'num_warps': max(4, BP * BC // 256)}
 
 
@@ -200,8 +202,8 @@ def forward(
         x, o, nw, nb, s, stats, rows, out, N - H * W, N, C, n, per_row, eps, RMS=rms, **blocks
     )
     y, g = compute_gate(rows, qk, heads, H * W)
-    tiles = triton.cdiv(H, APPLY['TH']) * triton.cdiv(W, APPLY['TW'])
-    _apply[(B * tiles, triton.cdiv(C, APPLY['BC']))](
+    tiles = cdiv(H, APPLY['TH']) * cdiv(W, APPLY['TW'])
+    _apply[(B * tiles, cdiv(C, APPLY['BC']))](
         x, o, w, g, lam, nw, nb, ow, ob, s, stats, out, H, W, N - H * W, C, heads, **APPLY
     )
     return out, stats, y, g

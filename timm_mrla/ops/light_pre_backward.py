@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    cdiv,
     compute_gate_backward,
     kernel,
     load_channels,
@@ -257,8 +258,8 @@ def backward(
     """
     (B, N, C), (H, W), heads = x.shape, grid, g.shape[1]
     P = N - H * W
-    programs = triton.cdiv(C, GRADIENT['BC'])
-    n, tiles = split(triton.cdiv(H, GRADIENT['TH']) * triton.cdiv(W, GRADIENT['TW']), B * programs)
+    programs = cdiv(C, GRADIENT['BC'])
+    n, tiles = split(cdiv(H, GRADIENT['TH']) * cdiv(W, GRADIENT['TW']), B * programs)
     u, rows = torch.empty_like(x, dtype=dtype), x.new_empty(B, n, C, dtype=torch.float32)
     _gradient_v[(B * n, programs)](x, d, w, g, nw, nb, s, stats, u, rows, H, W, P, C, n, tiles, heads, **GRADIENT)
     dqk, e = compute_gate_backward(y, g, rows, qk, H * W)
@@ -269,5 +270,5 @@ def backward(
     dx, do = torch.empty_like(x), torch.empty_like(o)
     rows, vectors = (x.new_empty(k, C, dtype=torch.float32) for k in (B * n * 4, 5))
     gradient_maps[(B * n,)](x, o, d, dy, lam, nw, ow, s, stats, dx, do, rows, P, N, C, n, per_row, RMS=rms, **blocks)
-    _gradient_vectors[(triton.cdiv(C, 16),)](rows, lam, ow, ob, vectors, B * n, C, BR=32, BC=16)
+    _gradient_vectors[(cdiv(C, 16),)](rows, lam, ow, ob, vectors, B * n, C, BR=32, BC=16)
     return dx, do, dqk, dw, vectors

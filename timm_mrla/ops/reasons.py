@@ -4,9 +4,7 @@ The plain layer calls its submodules one by one, and hooks, adapters, pruning, s
 kernels skip the submodules. So they run only if nothing relies on those calls; otherwise the plain layer runs.
 """
 
-import functools
 import importlib.util
-import logging
 import os
 
 import torch
@@ -21,8 +19,6 @@ from timm_mrla.switches import is_on
 
 # tuples, because torch.compile in torch 2.9 cannot trace A | B
 LIGHT, _TRAINED = (MrlaLight, InferenceLight), (MrlaLight, MrlaBase)
-
-_logger = logging.getLogger(__name__)
 
 _enabled = is_on('TIMM_MRLA_FUSED', os.environ.get('TIMM_MRLA_FUSED', 'on'))
 _has_triton = importlib.util.find_spec('triton') is not None
@@ -72,17 +68,15 @@ def _tracer() -> str:
     return ''
 
 
-def _tensors(layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Why the kernels cannot read the map x or the layer's parameters; empty if they can. weight: of the value."""
-    if any(type(p) not in (nn.Parameter, torch.Tensor) for p in layer.parameters()):
-        return 'its weights are tensors of another class, such as DTensor'
+def _tensors(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why the kernels cannot read the map x; empty if they can. weight: of the value."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'its maps are {x.dtype}'
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return f'its weights are {weight.dtype} and its maps {x.dtype}, without autocast'
     if x.numel() == 0:
         return 'the batch is empty'
-    if x[0].numel() >= 2**31:
+    if x.numel() >= 2**31 * len(x):
         return 'its maps have 2^31 elements or more'
     return ''
 
@@ -121,15 +115,32 @@ def _memory(layer: nn.Module, x: torch.Tensor, memory: Memory) -> str:
     return ''
 
 
+def _submodule(module: nn.Module) -> str:
+    """Which part of a module has a hook, or parameters of another class; empty if none."""
+    for name, child in module._modules.items():  # named_modules() takes five times as long
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return f'a hook is on {name}'
+        if child._parameters and (why := _parameters(child)):
+            return why
+        if child._modules and (why := _submodule(child)):
+            return why.replace('a hook is on ', f'a hook is on {name}.')
+    return ''
+
+
+def _parameters(module: nn.Module) -> str:
+    """Whether a module itself has parameters of another class; empty if not."""
+    for p in module._parameters.values():
+        if p is not None and type(p) not in (nn.Parameter, torch.Tensor):
+            return 'its weights are tensors of another class, such as DTensor'
+    return ''
+
+
 def _children(layer: nn.Module) -> str:
-    """Which submodule of a layer was replaced or has a hook; empty if none."""
+    """Which submodule or parameter of a layer was replaced, or has a hook; empty if none."""
     if nn.modules.module._has_any_global_hook():
         return 'a hook on all modules is registered'
-    for name, child in layer.named_modules():
-        if name and (
-            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
-        ):
-            return f'a hook is on {name}'
+    if why := _submodule(layer) or _parameters(layer):
+        return why
     attn = layer.attn
     if type(attn) not in (LightWeights, BaseWeights) or type(attn.qk) is not QueryKey:
         return f'attn.qk is {type(attn.qk).__name__}'
@@ -226,51 +237,41 @@ def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (),
     else:
         weight = layer.weight if is_light else layer.v.weight
         form, why = 'folded', _folded(layer, x, *([other] if is_light else other))
-    why = why or _children(layer) or _tensors(layer, x, weight)
+    why = why or _children(layer) or _tensors(x, weight)
     why = why or (_shortcut if is_light else _memory)(layer, x, other)
-    return why or _trial(is_light, form, x.device, x.dtype, len(weight), layer.attn.num_heads)
+    if why:
+        return why
+    autocast = value_dtype(x) if torch.is_autocast_enabled(x.device.type) else None
+    norm = getattr(layer, 'norm_x' if form == 'pre' else 'norm', None)  # a folded layer has none
+    uses_batch = form == 'post' and (norm.training or norm.running_mean is None)
+    drops = form != 'folded' and layer.drop_path.training and isinstance(layer.drop_path, DropPath)
+    kind = (is_light, form, is_rms_norm(norm), uses_batch, drops)
+    return _proof(*kind, x.device, x.dtype, weight.dtype, autocast, len(weight), layer.attn.num_heads)
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls this function instead of tracing it
-def _trial(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
-    """Why Triton cannot run the kernels here; empty if it can.
+def _proof(*case) -> str:
+    """Why the proof of the kernels does not let them run; empty if it does."""
+    from timm_mrla.ops import proof  # defines custom ops, only where kernels can run
 
-    A kernel that does not compile or launch must not stop training: a warning says so once, and the plain layer runs.
-    """
-    return _try(light, form, device, dtype, dim, heads)
-
-
-@functools.cache
-def _try(light: bool, form: str, device: torch.device, dtype: torch.dtype, dim: int, heads: int) -> str:
-    """Run the kernels once on a small map, forward and backward; return the error as a reason."""
-    from timm_mrla.ops.base_functions import base, base_folded  # these define custom ops, only where kernels can run
-    from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
-
-    x = torch.ones(1, dim, 2, 2, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    qk, w, lam = (torch.ones(*shape, device=device) for shape in ((2, 3), (9, dim), (dim,)))
+    if proof.skipped:
+        return ''
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            x.requires_grad_(form != 'folded')
-            if not light:
-                z = x.permute(0, 2, 3, 1).flatten(1, 2)
-                memory = (z, [lam[None]], [x.detach()], [2, 2], qk, w, lam, lam)
-                if form == 'folded':
-                    base_folded(*memory, heads)
-                else:
-                    rest = (None, None, None, heads, 1e-5, form == 'post', False, dtype, dtype)
-                    base(*memory, *rest)[0].sum().backward()
-            elif form == 'folded':
-                light_folded(x, x, qk, w, lam, lam, heads)
-            elif form == 'post':
-                light_post(x, x, qk, w, lam, lam, lam, None, None, None, heads, 1e-5)[0].sum().backward()
-            else:
-                x = x.permute(0, 2, 3, 1).flatten(1, 2)
-                norms = (lam, lam, lam, lam, None, heads, 1e-5, False, dtype, dtype)
-                light_pre(x, x, (2, 2), qk, w, lam, *norms)[0].sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # any error of Triton, its compiler or the driver
-        why = f'Triton cannot run the kernels here: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
-        _logger.warning(f'layer attention runs without its fused kernels, {why}')
-        return why
-    return ''
+        return proof.check(*case)
+    except proof.Captured as e:
+        return str(e)
+
+
+def folds(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
+    """Whether the layer is evaluates without gradients, and its norm can be folded into vectors of channels."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
+        return False
+    if type(layer) not in _TRAINED or layer.form != 'post' or layer.norm.training or layer.drop_path.training:
+        return False
+    tensors = (x, *(other if isinstance(other, tuple) else (other,)))
+    return (
+        _is_batch_norm(layer.norm)
+        and layer.norm.running_mean is not None
+        and all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors)
+        and not (_parts(layer, x) or _activations(layer) or _tracer() or _children(layer))
+    )

@@ -1,0 +1,72 @@
+"""Registers kernels as PyTorch custom ops for torch.compile; eager mode calls them without the detours of an op."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+def _flatten(args: tuple) -> tuple[list, list[tuple[int, int]]]:
+    """Arguments with their lists of tensors spread, and index and length of each list."""
+    flat, lists = [], []
+    for i, arg in enumerate(args):
+        if isinstance(arg, list) and all(isinstance(t, Tensor) for t in arg):
+            lists.append((i, len(arg)))
+            flat += arg
+        else:
+            flat.append(arg)
+    return flat, lists
+
+
+class Operator:
+    """A functional custom op, which modifies no argument. In eager mode, an autograd function calls its kernels.
+
+    torch's own way from a call of a custom op to its function takes more of the processor's time than the function.
+    """
+
+    def __init__(self, name: str, fn: Callable) -> None:
+        self.fn, self.op = fn, custom_op(name, fn, mutates_args=())
+        self.register_fake = self.op.register_fake
+
+    def register_autograd(self, differentiate: Callable, save: Callable = lambda ctx, inputs, output: None) -> None:
+        """Register the gradient `differentiate(ctx, *grads)` and `save(ctx, inputs, output)`, as for a custom op."""
+        self.op.register_autograd(differentiate, setup_context=save)
+        fn = self.fn
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, lists, *flat):
+                args = [*flat]  # autograd sees no tensors in lists
+                for i, length in lists:
+                    args[i : i + length] = [args[i : i + length]]
+                output = fn(*args)
+                save(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *grads):
+                return None, *_flatten(differentiate(ctx, *grads))[0]
+
+        self.function = Function
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        if not torch.is_grad_enabled():
+            return self.fn(*args)
+        flat, lists = _flatten(args)
+        return self.function.apply(lists, *flat)
+
+
+def operator(name: str) -> Callable[[Callable], Operator]:
+    """Decorate a function that launches kernels."""
+    return lambda fn: Operator(name, fn)
+
+
+def second_order(ctx, *grads) -> None:
+    """The gradient of a backward pass."""
+    raise RuntimeError(
+        'the fused kernels of layer attention have no second derivative: call timm_mrla.set_fused(False) before the '
+        'forward pass'
+    )
