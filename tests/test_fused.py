@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from entries import backbone
-from gpu import (
+from fused import (
     CHANNELS_LAST,
     DEVICE,
     INTERPRETER,

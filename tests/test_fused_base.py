@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from compile_kernels import record, resources
-from gpu import (
+from fused import (
     CHANNELS_LAST,
     DEVICE,
     INTERPRETER,

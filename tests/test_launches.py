@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu import INTERPRETER, maps
+from fused import INTERPRETER, maps
 from timm.layers import LayerNorm
 from torch import nn
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from gpu import DEVICE, GPU, INTERPRETER, draw, kernels, maps, run_in_interpreter
+from fused import DEVICE, GPU, INTERPRETER, draw, kernels, maps, run_in_interpreter
 from slow import slow_except
 from torch import nn
 from torch.utils.checkpoint import checkpoint
