@@ -124,7 +124,8 @@ def test_names_in_torchvisions_registry():
     )
 
 
-@pytest.mark.parametrize('builder', slow_except([retina_net], ALL))
+@pytest.mark.slow
+@pytest.mark.parametrize('builder', ALL)
 def test_layer_attention_at_the_identity_is_the_plain_backbone_and_torchvisions(builder):
     kwargs = {**SMALL, **ALL[builder]}
     theirs = TORCHVISIONS[builder](weights=None, weights_backbone=None, **kwargs)
@@ -145,6 +146,7 @@ def test_layer_attention_at_the_identity_is_the_plain_backbone_and_torchvisions(
         assert_same(ours, plain)
 
 
+@pytest.mark.slow
 def test_frozen_as_torchvisions(tmp_path):
     kwargs = {**SMALL, **ALL[faster_rcnn]}
     ours = faster_rcnn('resnet50', weights_backbone=write_checkpoint(tmp_path / 'checkpoint', 'resnet50'), **kwargs)

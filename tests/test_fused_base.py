@@ -281,7 +281,7 @@ def test_second_derivatives_are_refused_in_one_sentence():
 
 
 @kernels
-@pytest.mark.parametrize('before', [0, 2])
+@pytest.mark.parametrize('before', [pytest.param(0, marks=slow), 2])
 @pytest.mark.parametrize('form', ['post', 'pre', 'folded'])
 def test_ops_follow_the_rules_of_torch(form, before):
     learns = form != 'folded'

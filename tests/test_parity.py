@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from slow import slow_except
+from slow import slow, slow_except
 from timm.models import save_for_hf
 from timm.utils.model import reparameterize_model
 
@@ -70,7 +70,7 @@ def convert(entry, state_dict, model):
 
 
 @pytest.mark.parametrize('recompute', slow_except([False], [False, True]))
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [slow(name) if 'small' in name else name for name in MODELS])
 def test_logits_and_gradients(name, recompute):
     spec, state_dict, logits = reference(name)
     entry = MODELS[name]

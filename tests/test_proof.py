@@ -95,7 +95,8 @@ WHERE = (torch.device(DEVICE), torch.float32, torch.float32, None, 4, 2)
 
 
 @pytest.mark.skipif(INTERPRETER or GPU, reason='this process runs the kernels itself')
-@pytest.mark.parametrize('marked', ['not slow', pytest.param('slow', marks=slow)])
+@slow
+@pytest.mark.parametrize('marked', ['not slow', 'slow'])
 def test_in_the_interpreter(marked):
     assert run_in_interpreter(__file__, marked) > 4
 

@@ -73,7 +73,7 @@ def kernels_on():
 # test_scripts.py runs the page on fine-tuning, because its code needs what its training commands write
 ELSEWHERE = (*RECIPES, 'docs/fine-tuning.md')
 WITH_CODE = [page for page in PAGES if page not in ELSEWHERE and code(PAGES[page])]
-SLOW = ('docs/detection.md', 'docs/getting-started.md', 'docs/how-it-works.md')
+SLOW = ('docs/detection.md', 'docs/getting-started.md', 'docs/how-it-works.md', 'docs/adapters.md')
 
 
 @pytest.mark.parametrize('page', slow_except([page for page in WITH_CODE if page not in SLOW], WITH_CODE))
@@ -201,6 +201,7 @@ def test_the_api_reference():
     assert PAGES['docs/api.md'] == api_page()
 
 
+@pytest.mark.slow
 def test_what_is_not_supported():
     """`attach` refuses the models; the file that shows how to add a module is as it is."""
     rows = re.findall(r'^\| (\w+) \| `(\w+)` \|', sections('docs/models.md')['Not supported'], flags=re.MULTILINE)
