@@ -62,7 +62,7 @@ def test_in_the_interpreter(file, marked):
     env = {**os.environ, 'TRITON_INTERPRET': '1'}
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert int(result.stdout.split(' passed')[0].split()[-1]) > 20
+    assert int(result.stdout.split(' passed')[0].split()[-1]) > 10
 
 
 def compare(layer, x, o, feat_size=None):
@@ -117,8 +117,9 @@ def test_post(B, C, heads, H, W, drop_path, train):
 
 
 @kernels
-@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=slow), torch.bfloat16], ids=str)
-@both_modes
+@slow
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('train', [True, False], ids=['train', 'eval'])
 def test_post_in_half_precision(dtype, train):
     torch.manual_seed(0)
     layer = post(48, 3, dtype=dtype).train(train)

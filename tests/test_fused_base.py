@@ -179,7 +179,7 @@ def test_a_folded_layer_has_the_gradients_of_the_plain_one(wanted):
     ('shape', 'grid', 'heads', 'before', 'kwargs'),
     [
         pytest.param((2, 49, 24), (7, 7), 3, 0, {}, marks=slow),
-        ((3, 46, 40), (5, 9), 5, 2, {'drop_path': 0.5}),
+        pytest.param((3, 46, 40), (5, 9), 5, 2, {'drop_path': 0.5}, marks=slow),
         pytest.param((2, 201, 64), (14, 14), 4, 1, {}, marks=slow),
         pytest.param((3, 6, 192), (1, 1), 12, 3, {}, marks=slow),
         ((2, 13, 48), (3, 4), 3, 1, {'norm': RmsNorm}),
@@ -390,6 +390,7 @@ def test_reparameterized_models_run_in_the_kernels():
 
 
 @kernels
+@slow
 def test_backward_keeps_outputs_and_the_values_that_later_blocks_read():
     """For a stage of three blocks, these are five maps: the three inputs and two values."""
     stage, x = nn.ModuleList(post(32, 2) for _ in range(3)), maps(2, 32, 16, 16).requires_grad_()
