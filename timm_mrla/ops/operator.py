@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils._python_dispatch import _get_current_dispatch_mode  # torch has no public way to ask
 
 
 def _flatten(args: tuple) -> tuple[list, list[tuple[int, int]]]:
@@ -51,7 +52,8 @@ class Operator:
         self.function = Function
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling():
+        # before torch 2.14, a gradient is traced under a dispatch mode alone
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return self.op(*args)
         if not torch.is_grad_enabled():
             return self.fn(*args)
