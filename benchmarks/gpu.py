@@ -69,6 +69,13 @@ def table(out: Path) -> str:
     return ''.join([lines[0], '|' + '---|' * (len(columns) + 2) + '\n', *lines[1:]])
 
 
+def draw(out: Path) -> None:
+    """Draw the ratios of training and of folded inference that are there."""
+    if measured := [str(path) for path in (out / 'training.json', out / 'inference.json') if path.exists()]:
+        command = [sys.executable, str(HERE / 'ratios.py'), *measured, '--out', str(out / 'costs.png')]
+        subprocess.run(command, check=True)
+
+
 def main() -> None:
     """Run all parts, and exit with the names of those that failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -80,10 +87,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     failed = [name for name, part in parts(args).items() if not run(name, *part, args.out)]
     (args.out / 'table.md').write_text(table(args.out))
-    measured = [args.out / f'{name}.json' for name in ('training', 'inference', 'batch-1')]
-    if pictured := [str(path) for path in measured if path.exists()]:
-        command = [sys.executable, str(HERE / 'ratios.py'), *pictured, '--out', str(args.out / 'costs.png')]
-        subprocess.run(command, check=True)
+    draw(args.out)
     if failed:
         sys.exit(f'these parts failed or took too long, their .log files say why: {", ".join(failed)}')
 

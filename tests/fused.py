@@ -19,6 +19,7 @@ INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETER or not torch.cuda.is_available() else 'cuda'
 GPU = DEVICE == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
 CHANNELS_LAST = {'memory_format': torch.channels_last}
+COMPILED_FOR = ((torch.float32, 80), (torch.bfloat16, 90))  # dtypes, and compute capabilities of GPUs
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -83,6 +84,16 @@ def assert_trains_as_plain(model, x):
     plain_losses, expected = steps(plain, x).double(), steps(exact, x.double())
     timm_mrla.set_fused(True)
     assert_close('losses', expected, losses, max(1e-5, 5 * ((plain_losses - expected).norm() / expected.norm()).item()))
+
+
+def recording(nodes):
+    """A backend of torch.compile that adds the names of the layer's ops in its graphs to a list."""
+
+    def backend(graph, inputs):
+        nodes.extend(str(node.target) for node in graph.graph.nodes if 'timm_mrla' in str(node.target))
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+    return backend
 
 
 def run_in_interpreter(file, marked):

@@ -348,7 +348,7 @@ def test_what_is_reported_is_what_was_measured(path):
 def measured():
     """The mean differences of all results, with their intervals, rounded as a page may round them."""
     differences = []
-    for path in (RESULTS[0].parent).rglob('*.json'):
+    for path in RESULTS[0].parent.rglob('*.json'):
         results = json.loads(path.read_text())
         differences += [row['differences'] for row in results.get('comparisons', ()) if 'differences' in row]
         if path.parent.name == 'adapters':
@@ -379,6 +379,16 @@ def test_the_trend_with_depth(tmp_path):
     assert printed.count('| `resnet18') == 12
     assert ' '.join(printed.split()) in ' '.join((benchmarks / 'README.md').read_text().split())
     assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_differences_of_ablations():
+    """benchmarks/README.md has what the benchmark prints."""
+    benchmarks = Path(__file__).parent.parent / 'benchmarks'
+    command = [sys.executable, benchmarks / 'ablations.py', benchmarks / 'results' / 'vit-6k.json', '--to']
+    printed = subprocess.run([*command, 'deit_tiny_mrla'], check=True, capture_output=True, text=True).stdout
+    assert printed.count('deit_tiny') == 5
+    assert ' '.join(printed.split()) in ' '.join((benchmarks / 'README.md').read_text().split())
 
 
 @pytest.mark.slow

@@ -6,8 +6,6 @@ Triton's interpreter must be chosen before Triton is imported, so these tests th
 import copy
 import importlib.util
 import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -15,6 +13,7 @@ import torch
 from entries import backbone
 from fused import (
     CHANNELS_LAST,
+    COMPILED_FOR,
     DEVICE,
     INTERPRETER,
     ROUNDING,
@@ -25,6 +24,8 @@ from fused import (
     maps,
     model_and_images,
     on_gpu,
+    recording,
+    run_in_interpreter,
 )
 from memory import saved_bytes
 from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d, RmsNorm
@@ -46,23 +47,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize('file', ['test_fused.py', 'test_fused_base.py'])
 @pytest.mark.parametrize('marked', ['not slow', pytest.param('slow', marks=slow)])
 def test_in_the_interpreter(file, marked):
-    command = [
-        sys.executable,
-        '-m',
-        'pytest',
-        os.path.join(os.path.dirname(__file__), file),
-        '-n',
-        '0',
-        '-q',
-        '-p',
-        'no:cacheprovider',
-        '-m',
-        marked,
-    ]
-    env = {**os.environ, 'TRITON_INTERPRET': '1'}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert int(result.stdout.split(' passed')[0].split()[-1]) > 10
+    assert run_in_interpreter(os.path.join(os.path.dirname(__file__), file), marked) > 20
 
 
 def compare(layer, x, o, feat_size=None):
@@ -318,11 +303,7 @@ def test_compiled_the_op_is_one_node_of_one_graph(form):
         layer = layer.eval().fuse().requires_grad_(False)
     plain, nodes = copy.deepcopy(layer), []
 
-    def backend(graph, inputs):
-        nodes.extend(str(node.target) for node in graph.graph.nodes if 'timm_mrla' in str(node.target))
-        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
-
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=recording(nodes))
     inputs = [[x.clone().requires_grad_(form != 'folded') for _ in range(2)] for _ in range(2)]
     outputs = [fn(*xs, (3, 4)) for fn, xs in zip((compiled, plain), inputs, strict=True)]
     assert len(nodes) == 1 and f'light_{form}' in nodes[0]
@@ -644,7 +625,6 @@ def launch_pre(dtype, C, heads):
         light_pre_backward.backward(d, x, o, (7, 7), qk, w, lam, *norms, scale, *saved, rms, torch.bfloat16)
 
 
-COMPILED_FOR = ((torch.float32, 80), (torch.bfloat16, 90))
 WIDTHS = [(24, 8), (40, 8), (64, 2), (96, 6), (384, 24), (768, 48), (2048, 64), (3072, 192)]
 
 

@@ -10,6 +10,7 @@ import torch
 from compile_kernels import record, resources
 from fused import (
     CHANNELS_LAST,
+    COMPILED_FOR,
     DEVICE,
     INTERPRETER,
     ROUNDING,
@@ -19,6 +20,7 @@ from fused import (
     kernels,
     maps,
     model_and_images,
+    recording,
 )
 from memory import saved_bytes
 from timm.layers import LayerNorm, RmsNorm
@@ -112,7 +114,7 @@ def test_post_in_half_precision(dtype, train):
 @pytest.mark.parametrize(
     'kwargs',
     [
-        pytest.param({'momentum': None, 'affine': False}, marks=slow),
+        {'momentum': None, 'affine': False},
         pytest.param({'momentum': 0.3, 'eps': 0.1}, marks=slow),
         pytest.param({'track_running_stats': False}, marks=slow),
     ],
@@ -213,7 +215,7 @@ def run_stage(stage, x, feat_size=None):
 
 
 @kernels
-@pytest.mark.parametrize('form', ['post', pytest.param('pre', marks=slow)])
+@pytest.mark.parametrize('form', ['post', 'pre'])
 def test_a_stage(form):
     """Gradients of a value from later blocks count once; each layer reads the outputs of the layer before."""
     torch.manual_seed(0)
@@ -281,7 +283,7 @@ def test_second_derivatives_are_refused_in_one_sentence():
 
 
 @kernels
-@pytest.mark.parametrize('before', [pytest.param(0, marks=slow), 2])
+@pytest.mark.parametrize('before', [0, 2])
 @pytest.mark.parametrize('form', ['post', 'pre', 'folded'])
 def test_ops_follow_the_rules_of_torch(form, before):
     learns = form != 'folded'
@@ -308,11 +310,7 @@ def test_compiled_the_ops_are_nodes_of_one_graph(form):
         stage = nn.ModuleList(layer.eval().fuse() for layer in stage).requires_grad_(False)
     plain, nodes = copy.deepcopy(stage), []
 
-    def backend(graph, inputs):
-        nodes.extend(str(node.target) for node in graph.graph.nodes if 'timm_mrla' in str(node.target))
-        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
-
-    compiled = torch.compile(run_stage, fullgraph=True, backend=backend)
+    compiled = torch.compile(run_stage, fullgraph=True, backend=recording(nodes))
     inputs = [x.clone().requires_grad_(form != 'folded') for _ in range(2)]
     outputs = [compiled(stage, inputs[0], (3, 4)), run_stage(plain, inputs[1], (3, 4))]
     assert len(nodes) == 2 and all('base' in node for node in nodes)
@@ -423,7 +421,6 @@ def launch(dtype, C, heads):
     base.folded(torch.empty(2, 49, C, dtype=dtype), [key], [value], [7, 7], qk, w, p, p, heads)
 
 
-COMPILED_FOR = ((torch.float32, 80), (torch.bfloat16, 90))
 WIDTHS = [(24, 3), (40, 5), (64, 4), (384, 24), (768, 48), (2048, 128)]
 
 

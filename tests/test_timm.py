@@ -26,7 +26,7 @@ OF_THE_PAPER = [  # MRLA-base in both of its forms
 ]
 SMALL = [
     *OF_THE_PAPER,
-    'test_convnext_mrla',
+    *('test_vit_mrla', 'test_convnext_mrla'),
     # and the smallest of each other module that has a few layer attentions
     *('resnetv2_18_mrla', 'regnety_002_mrla', 'mobilenetv3_small_050_mrla', 'davit_tiny_mrla'),
     *('swin_tiny_patch4_window7_224_mrla', 'swinv2_tiny_window8_256_mrla'),

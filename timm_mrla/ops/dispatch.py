@@ -1,14 +1,13 @@
 """Runs a layer in the fused kernels: collects the layer's tensors and calls its custom op."""
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
 from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
-from timm_mrla.ops.reasons import LIGHT, is_rms_norm, value_dtype
+from timm_mrla.ops.reasons import LIGHT, drops_paths, is_rms_norm, uses_batch, value_dtype
 
 
 def _qk(layer: nn.Module) -> torch.Tensor:
@@ -22,7 +21,7 @@ def _taps(weight: torch.Tensor) -> torch.Tensor:
 
 def _scale(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Scales [B] of stochastic depth, drawn by the layer's DropPath; None if it drops nothing."""
-    if layer.drop_path.training and isinstance(layer.drop_path, DropPath):
+    if drops_paths(layer):
         return layer.drop_path(x.new_ones(x.shape[0], 1, 1, 1, dtype=torch.float32)).flatten()
     return None
 
@@ -42,8 +41,7 @@ def _update_statistics(norm: nn.Module, channels: torch.Tensor) -> None:
 
 def _statistics(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The running statistics of a batch norm, or None twice if it uses the statistics of the batch."""
-    uses_batch = norm.training or norm.running_mean is None
-    return (None, None) if uses_batch else (norm.running_mean, norm.running_var)
+    return (None, None) if uses_batch(norm) else (norm.running_mean, norm.running_var)
 
 
 def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils._python_dispatch import _get_current_dispatch_mode  # torch has no public way to ask
+
+from timm_mrla.ops.reasons import in_dispatch_mode
 
 
 def _flatten(args: tuple) -> tuple[list, list[tuple[int, int]]]:
@@ -53,7 +54,7 @@ class Operator:
 
     def __call__(self, *args):
         # before torch 2.14, a gradient is traced under a dispatch mode alone
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        if torch.compiler.is_compiling() or in_dispatch_mode():
             return self.op(*args)
         if not torch.is_grad_enabled():
             return self.fn(*args)

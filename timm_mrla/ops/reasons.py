@@ -47,6 +47,11 @@ def _device(x: torch.Tensor) -> str:
     return ''
 
 
+def in_dispatch_mode() -> bool:
+    """Whether a mode sees each operation; there is no public function for this."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 @torch.compiler.assume_constant_result  # torch.compile cannot trace this; it compiles again if the transforms change
 def _transform() -> str:
     """Which active transform must see each operation; empty if none."""
@@ -63,7 +68,7 @@ def _tracer() -> str:
         return why
     if torch.jit.is_tracing():
         return 'the model is traced'
-    if torch._C._len_torch_dispatch_stack():
+    if in_dispatch_mode():
         return 'a mode that sees each operation is active, such as FlopCounterMode'
     return ''
 
@@ -154,7 +159,18 @@ def _is_batch_norm(norm: nn.Module) -> bool:
     return type(norm) is nn.BatchNorm2d
 
 
+def uses_batch(norm: nn.Module) -> bool:
+    """Whether a batch norm uses the statistics of the batch."""
+    return norm.training or norm.running_mean is None
+
+
+def drops_paths(layer: nn.Module) -> bool:
+    """Whether a layer draws scales of stochastic depth."""
+    return layer.drop_path.training and isinstance(layer.drop_path, DropPath)
+
+
 def is_rms_norm(norm: nn.Module) -> bool:
+    """Whether a norm does not subtract the mean."""
     return type(norm) in (RmsNorm, RmsNorm2d)
 
 
@@ -243,9 +259,13 @@ def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (),
         return why
     autocast = value_dtype(x) if torch.is_autocast_enabled(x.device.type) else None
     norm = getattr(layer, 'norm_x' if form == 'pre' else 'norm', None)  # a folded layer has none
-    uses_batch = form == 'post' and (norm.training or norm.running_mean is None)
-    drops = form != 'folded' and layer.drop_path.training and isinstance(layer.drop_path, DropPath)
-    kind = (is_light, form, is_rms_norm(norm), uses_batch, drops)
+    kind = (
+        is_light,
+        form,
+        is_rms_norm(norm),
+        form == 'post' and uses_batch(norm),
+        form != 'folded' and drops_paths(layer),
+    )
     return _proof(*kind, x.device, x.dtype, weight.dtype, autocast, len(weight), layer.attn.num_heads)
 
 
@@ -263,7 +283,7 @@ def _proof(*case) -> str:
 
 
 def folds(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
-    """Whether the layer is evaluates without gradients, and its norm can be folded into vectors of channels."""
+    """Whether the layer is evaluated without gradients, and its norm can be folded into vectors of channels."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
         return False
     if type(layer) not in _TRAINED or layer.form != 'post' or layer.norm.training or layer.drop_path.training:
