@@ -158,7 +158,9 @@ class _Block:
 
 def _contiguous_if_frozen(norm: nn.GroupNorm, args: tuple[torch.Tensor]) -> torch.Tensor:
     """Before 2.14, torch crashes on a CPU in the gradient of a group norm whose channels_last input needs none."""
-    return args[0] if args[0].requires_grad or not torch.is_grad_enabled() else args[0].contiguous()
+    if isinstance(args[0], torch.fx.Proxy) or args[0].requires_grad or not torch.is_grad_enabled():
+        return args[0]
+    return args[0].contiguous()
 
 
 def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None) -> nn.Module:

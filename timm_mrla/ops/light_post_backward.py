@@ -132,6 +132,11 @@ def _gradient_statistics(
         total_n = tl.maximum(tl.sum(n, 0), 1.0)[None, :]
         c1 = a * dbeta / total_n
         c2 = a * dgamma * rstd / total_n
+    tl.store(vectors_ptr + ch, tl.sum(dgamma, 0), mask=mask)
+    tl.store(vectors_ptr + C + ch, tl.sum(dbeta, 0), mask=mask)
+    tl.store(linear_ptr + ch, tl.sum(-c2, 0), mask=mask)
+    tl.store(linear_ptr + C + ch, tl.sum(-c2 * lam, 0), mask=mask)
+    tl.store(linear_ptr + 2 * C + ch, tl.sum(c2 * mean - c1, 0), mask=mask)
     sl = tl.zeros((BR, BC), tl.float32)
     for r0 in range(0, R, BR):
         r = r0 + tl.arange(0, BR)
@@ -152,12 +157,7 @@ def _gradient_statistics(
         tl.store(dg_ptr + r[:, None].to(tl.int64) * C + ch[None, :], dg, mask=ok)
         dlam = k * entry(back, 2, ok, C) + dm * mean_o
         sl += tl.where(ok, dlam - c2 * (g * vo + lam * entry(at, OO, ok, C)), 0.0)
-    tl.store(vectors_ptr + ch, tl.sum(dgamma, 0), mask=mask)
-    tl.store(vectors_ptr + C + ch, tl.sum(dbeta, 0), mask=mask)
     tl.store(vectors_ptr + 2 * C + ch, tl.sum(sl, 0), mask=mask)
-    tl.store(linear_ptr + ch, tl.sum(-c2, 0), mask=mask)
-    tl.store(linear_ptr + C + ch, tl.sum(-c2 * lam, 0), mask=mask)
-    tl.store(linear_ptr + 2 * C + ch, tl.sum(c2 * mean - c1, 0), mask=mask)
 
 
 @kernel

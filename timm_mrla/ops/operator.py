@@ -28,7 +28,7 @@ class Operator:
     """
 
     def __init__(self, name: str, fn: Callable) -> None:
-        self.fn, self.op = fn, custom_op(name, fn, mutates_args=())
+        self.fn, self.op, self.function = fn, custom_op(name, fn, mutates_args=()), None
         self.register_fake = self.op.register_fake
 
     def register_autograd(self, differentiate: Callable, save: Callable = lambda ctx, inputs, output: None) -> None:
@@ -56,7 +56,7 @@ class Operator:
         # before torch 2.14, a gradient is traced under a dispatch mode alone
         if torch.compiler.is_compiling() or in_dispatch_mode():
             return self.op(*args)
-        if not torch.is_grad_enabled():
+        if self.function is None or not torch.is_grad_enabled():
             return self.fn(*args)
         flat, lists = _flatten(args)
         return self.function.apply(lists, *flat)
