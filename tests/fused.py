@@ -20,6 +20,13 @@ DEVICE = 'cpu' if INTERPRETER or not torch.cuda.is_available() else 'cuda'
 GPU = DEVICE == 'cuda' and torch.cuda.get_device_capability() >= (8, 0)
 CHANNELS_LAST = {'memory_format': torch.channels_last}
 COMPILED_FOR = ((torch.float32, 80), (torch.bfloat16, 90))  # dtypes, and compute capabilities of GPUs
+if INTERPRETER:  # two thirds of its time: checks of integer overflow, and patching the language anew in each function
+    from triton.language import standard
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter._patch_lang(standard.sum.fn)  # once, for all functions of Triton's own
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
