@@ -7,6 +7,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -103,9 +104,15 @@ def recording(nodes):
     return backend
 
 
-def run_in_interpreter(file, marked):
-    """Run the tests of a file with some marks in another process, in Triton's interpreter; return how many passed."""
-    command = [sys.executable, '-m', 'pytest', file, '-n', '0', '-q', '-p', 'no:cacheprovider', '-m', marked]
-    result = subprocess.run(command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
+def run_in_interpreter(files, marked):
+    """Run the tests of files with some marks in another process, in Triton's interpreter; return how many passed."""
+    arguments = [*files, '-n', '0', '-q', '-p', 'no:cacheprovider', '-m', marked]
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', *arguments],
+        cwd=Path(__file__).parent,
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     return int(result.stdout.split(' passed')[0].split()[-1])

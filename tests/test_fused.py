@@ -5,7 +5,6 @@ Triton's interpreter must be chosen before Triton is imported, so these tests th
 
 import copy
 import importlib.util
-import os
 
 import pytest
 import timm
@@ -40,14 +39,15 @@ from timm_mrla.ops import light_functions as functions
 from timm_mrla.ops import reason
 
 pytest.importorskip('triton')
-slow = pytest.mark.slow
+FILES, slow = ['test_fused.py', 'test_fused_base.py'], pytest.mark.slow
 
 
 @pytest.mark.skipif(INTERPRETER or DEVICE == 'cuda', reason='this process runs the kernels itself')
-@pytest.mark.parametrize('file', ['test_fused.py', 'test_fused_base.py'])
-@pytest.mark.parametrize('marked', ['not slow', pytest.param('slow', marks=slow)])
-def test_in_the_interpreter(file, marked):
-    assert run_in_interpreter(os.path.join(os.path.dirname(__file__), file), marked) > 20
+@pytest.mark.parametrize(
+    ('files', 'marked'), [(FILES, 'not slow'), *(pytest.param([file], 'slow', marks=slow) for file in FILES)], ids=str
+)
+def test_in_the_interpreter(files, marked):
+    assert run_in_interpreter(files, marked) > 20 * len(files)
 
 
 def compare(layer, x, o, feat_size=None):

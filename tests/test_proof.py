@@ -98,7 +98,7 @@ WHERE = (torch.device(DEVICE), torch.float32, torch.float32, None, 4, 2)
 @slow
 @pytest.mark.parametrize('marked', ['not slow', 'slow'])
 def test_in_the_interpreter(marked):
-    assert run_in_interpreter(__file__, marked) > 4
+    assert run_in_interpreter([__file__], marked) > 4
 
 
 @pytest.fixture(autouse=True)
