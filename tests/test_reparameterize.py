@@ -310,3 +310,11 @@ def test_outputs_of_convolutions_stay_as_hooks_saw_them(name):
     assert any('.mrla.' in module_name for module_name in held)
     for module_name, (now, then) in held.items():
         assert torch.equal(now, then), module_name
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit.trace:FutureWarning')
+@pytest.mark.parametrize('name', ['test_resnet_mrla', 'resnet18_mrlab'])
+def test_a_trace_without_gradients_equals_one_with_them(name):
+    """torch.jit.trace compares them, and converters to other formats call it."""
+    model, x = reparameterize_model(create(name, torch.float64)), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))

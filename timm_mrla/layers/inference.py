@@ -33,6 +33,11 @@ def _cast(*parameters: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
     return [p.to(like.dtype)[:, None, None] for p in parameters]
 
 
+def _in_place(*maps: torch.Tensor) -> bool:
+    """Whether sums may be in place. A trace without gradients must equal one with them."""
+    return len({t.dtype for t in maps}) == 1 and not (torch.is_grad_enabled() or torch.jit.is_tracing())
+
+
 def _light(
     layer: nn.Module,
     value: Callable[[torch.Tensor], torch.Tensor],
@@ -51,10 +56,10 @@ def _light(
     if scale is not None:
         g = g * scale[:, None, None]
     lam, bias = _cast(lam, bias, like=v)
-    if torch.is_grad_enabled() or not (x.dtype == o.dtype == v.dtype):
-        x = x + (g.to(v.dtype) * v + lam * o + bias)
-    else:
+    if _in_place(x, o, v):
         x = torch.addcmul(bias, g.to(v.dtype), v, out=v).addcmul_(lam, o).add_(x)
+    else:
+        x = x + (g.to(v.dtype) * v + lam * o + bias)
     return from_map(x, layer.layout, prefix)
 
 
@@ -98,15 +103,15 @@ def _base(
     memory = (*memory, k, v := layer.v(x))
     scale, m = _cast(scale, bias, like=v)
     weights = [layer.attn.per_channel(w, dim).to(v.dtype) * scale for w in scores.softmax(-1).unbind(-1)]
-    if torch.is_grad_enabled() or x.dtype != v.dtype:
-        for weight, value in zip(weights, memory[1::2], strict=True):
-            m = m + weight * value
-        x = x + m.relu()
-    else:
+    if _in_place(x, v):
         m = torch.addcmul(m, weights[0], memory[1])
         for weight, value in zip(weights[1:], memory[3::2], strict=True):
             m.addcmul_(weight, value)
         x = m.relu_().add_(x)
+    else:
+        for weight, value in zip(weights, memory[1::2], strict=True):
+            m = m + weight * value
+        x = x + m.relu()
     return from_map(x, layer.layout, prefix), memory
 
 
