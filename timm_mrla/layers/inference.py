@@ -40,6 +40,7 @@ def _in_place(*maps: torch.Tensor) -> bool:
 
 def _light(
     layer: nn.Module,
+    dim: int,
     value: Callable[[torch.Tensor], torch.Tensor],
     scale: torch.Tensor | None,
     lam: torch.Tensor,
@@ -48,11 +49,14 @@ def _light(
     o: torch.Tensor,
     feat_size: Grid,
 ) -> torch.Tensor:
-    """`x + scale * g * v + lam * o + bias`; v = value(map) must be a tensor that nothing else refers to."""
+    """`x + scale * g * v + lam * o + bias`; v = value(map) must be a tensor that nothing else refers to.
+
+    dim, the number of channels, is not read from a map: in a trace it would be a tensor, which Core ML cannot convert.
+    """
     x, prefix = to_map(x, layer.layout, feat_size)
     o, _ = to_map(o, layer.layout, feat_size)
     v = value(x)
-    g = layer.attn.per_channel(layer.attn(x, v.shape[1]), v.shape[1])
+    g = layer.attn.per_channel(layer.attn(x, dim), dim)
     if scale is not None:
         g = g * scale[:, None, None]
     lam, bias = _cast(lam, bias, like=v)
@@ -66,7 +70,7 @@ def _light(
 def infer_light(mrla: nn.Module, x: torch.Tensor, o: torch.Tensor, feat_size: Grid) -> torch.Tensor:
     """The output of a MrlaLight of the form `post` in evaluation mode, its norm folded in this call."""
     scale, bias = _fold(mrla.norm)
-    return _light(mrla, mrla.v, scale, mrla.lam * scale, bias, x, o, feat_size)
+    return _light(mrla, mrla.v.out_channels, mrla.v, scale, mrla.lam * scale, bias, x, o, feat_size)
 
 
 class InferenceLight(nn.Module):
@@ -90,7 +94,7 @@ class InferenceLight(nn.Module):
     def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
         if self.fused and (out := self.fused(self, x, o, feat_size)) is not None:
             return out
-        return _light(self, self.value, None, self.lam, self.bias, x, o, feat_size)
+        return _light(self, self.dim, self.value, None, self.lam, self.bias, x, o, feat_size)
 
 
 def _base(
