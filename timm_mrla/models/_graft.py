@@ -269,7 +269,6 @@ def graft(
     blocks: str | Iterable[str] | None = None,
     identity: bool = False,
     without: str | None = None,
-    start: str | float | None = None,
     drop_path: float | None = None,
     **host_args,
 ) -> list[str] | None:
@@ -310,33 +309,4 @@ def graft(
     if without:
         for layer in layer_attentions(model).values():
             nn.init.zeros_(layer.get_parameter(parts[without]).requires_grad_(False))
-    _start(model, start)
     return blocks
-
-
-def _times_10(gradient: torch.Tensor) -> torch.Tensor:
-    return 10 * gradient
-
-
-@torch.no_grad()
-def _start(model: nn.Module, start: str | float | None) -> None:
-    """An experiment: other starts of layer attention at full strength.
-
-    A number scales the output scales; 'depth' divides them by the square root of the number of layers in the stage;
-    'lam' draws lam from 0.1 N(0, 1); 'rate' gives output scales and lam ten times the learning rate of SGD.
-    """
-    if start is None:
-        return
-    stages: dict[str, list[nn.Module]] = {}
-    for name, layer in layer_attentions(model).items():
-        stages.setdefault(_owner(name) or name.rpartition('.')[0], []).append(layer)
-    for stage in stages.values():
-        for layer in stage:
-            if start == 'lam':
-                layer.lam.normal_(std=0.1)
-            elif start == 'rate':
-                for p in (*layer.output_scales(), layer.lam):
-                    p.register_hook(_times_10)
-            else:
-                for p in layer.output_scales():
-                    p.mul_(len(stage) ** -0.5 if start == 'depth' else start)
