@@ -209,7 +209,7 @@ def test_rounding_is_no_error(form, light, monkeypatch):
     """The plain layer itself passes in each dtype; it rounds more than the kernels do."""
 
     def run(layer, *args):
-        layer.fused = None
+        layer.fast_path = None
         return layer(*args)
 
     monkeypatch.setattr(proof, 'run', run)

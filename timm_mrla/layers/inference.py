@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_mrla.layers.fast_path import FastPath
 from timm_mrla.layers.layout import Grid, from_map, to_map
 from timm_mrla.layers.weights import Memory
 
@@ -73,10 +74,8 @@ def infer_light(mrla: nn.Module, x: torch.Tensor, o: torch.Tensor, feat_size: Gr
     return _light(mrla, mrla.v.out_channels, mrla.v, scale, mrla.lam * scale, bias, x, o, feat_size)
 
 
-class InferenceLight(nn.Module):
+class InferenceLight(FastPath):
     """MRLA-light of the form `post`: `x = mrla(x, o)`."""
-
-    fused = None  # set by timm_mrla.ops, as for MrlaLight
 
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
@@ -92,7 +91,7 @@ class InferenceLight(nn.Module):
         return F.conv2d(x, self.weight, self.bias_v, padding=1, groups=self.dim)
 
     def forward(self, x: torch.Tensor, o: torch.Tensor, feat_size: Grid = None) -> torch.Tensor:
-        if self.fused and (out := self.fused(self, x, o, feat_size)) is not None:
+        if self.fast_path and (out := self.fast_path(self, x, o, feat_size)) is not None:
             return out
         return _light(self, self.dim, self.value, None, self.lam, self.bias, x, o, feat_size)
 
@@ -124,10 +123,8 @@ def infer_base(mrla: nn.Module, x: torch.Tensor, memory: Memory, feat_size: Grid
     return _base(mrla, *_fold(mrla.norm), x, memory, feat_size)
 
 
-class InferenceBase(nn.Module):
+class InferenceBase(FastPath):
     """MRLA-base of the form `post`: `x, memory = mrla(x, memory)`."""
-
-    fused = None  # set by timm_mrla.ops, as for MrlaBase
 
     def __init__(self, mrla: nn.Module) -> None:
         super().__init__()
@@ -136,6 +133,6 @@ class InferenceBase(nn.Module):
         self.scale, self.bias = nn.Parameter(scale), nn.Parameter(bias)
 
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
-        if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
+        if self.fast_path and (out := self.fast_path(self, x, memory, feat_size)) is not None:
             return out
         return _base(self, self.scale, self.bias, x, memory, feat_size)

@@ -31,6 +31,7 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from timm_mrla.layers.fast_path import FastPath
 from timm_mrla.layers.inference import InferenceBase, InferenceLight, is_foldable
 from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
 from timm_mrla.layers.recompute import recompute
@@ -41,13 +42,11 @@ FORMS = ('post', 'pre')
 Norm = Callable[..., nn.Module]
 
 
-class _LayerAttention(nn.Module):
+class _Mrla(FastPath):
     """Base class of the layer that MRLA adds to a block. A subclass computes m from weights and values."""
 
     num_prefix_tokens: int | None = None  # how many come before the patches, in the layout NLC; None: any number
     recompute = False  # True: backward computes the branch again instead of saving its tensors
-    # set by timm_mrla.ops: `fused(self, *args of forward)` returns forward's result, or None if the kernels cannot run
-    fused: Callable[..., torch.Tensor | tuple[torch.Tensor, Memory] | None] | None = None
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class _LayerAttention(nn.Module):
         return from_map(m, self.layout, prefix)
 
 
-class MrlaLight(_LayerAttention):
+class MrlaLight(_Mrla):
     """MRLA-light, linear in the number of blocks: `x = mrla(x, o)`."""
 
     weights_layer = LightWeights
@@ -179,7 +178,7 @@ class MrlaLight(_LayerAttention):
         """
         self.check_tokens(x, feat_size)
         args = (x, o, feat_size)
-        if self.fused and (out := self.fused(self, *args)) is not None:
+        if self.fast_path and (out := self.fast_path(self, *args)) is not None:
             return out
         return x + self.drop_path(recompute(self, self.branch, *args) if self.recompute else self.branch(*args))
 
@@ -191,7 +190,7 @@ class MrlaLight(_LayerAttention):
         return InferenceLight(self) if is_foldable(self.norm) else self
 
 
-class MrlaBase(_LayerAttention):
+class MrlaBase(_Mrla):
     """MRLA-base, quadratic in the number of blocks: `x, memory = mrla(x, memory)`.
 
     The memory is a tuple (key, value, key, value, ...) of the stage's blocks so far: keys [B, h, d], values
@@ -237,7 +236,7 @@ class MrlaBase(_LayerAttention):
             x plus the residual branch, and the memory for the next block.
         """
         self.check_tokens(x, feat_size)
-        if self.fused and (out := self.fused(self, x, memory, feat_size)) is not None:
+        if self.fast_path and (out := self.fast_path(self, x, memory, feat_size)) is not None:
             return out
         args = (x, feat_size, *memory)
         m, k, v = recompute(self, self.branch, *args) if self.recompute else self.branch(*args)
@@ -251,4 +250,4 @@ class MrlaBase(_LayerAttention):
 
 def layer_attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attention modules of a model, by their names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _LayerAttention)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Mrla)}

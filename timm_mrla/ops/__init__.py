@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
-from timm_mrla.layers.inference import InferenceBase, InferenceLight, infer_base, infer_light
+from timm_mrla.layers import Grid, Memory, MrlaLight
+from timm_mrla.layers.fast_path import FastPath
+from timm_mrla.layers.inference import infer_base, infer_light
 from timm_mrla.ops.reasons import folds, reason, set_fused
 
 __all__ = ['fused', 'reason', 'set_fused']
@@ -26,5 +27,4 @@ def fused(
     return (infer_light if isinstance(layer, MrlaLight) else infer_base)(layer, x, other, feat_size)
 
 
-for layer in (MrlaLight, MrlaBase, InferenceLight, InferenceBase):
-    layer.fused = staticmethod(fused)
+FastPath.fast_path = staticmethod(fused)

@@ -104,7 +104,7 @@ def errors(
             pairs = ((torch.randn(2, heads, dim // heads), torch.randn(2, dim, *SIZE)) for _ in range(2))
             inputs += [t for key, value in pairs for t in (key, value.to(autocast or dtype))]
         plain = copy.deepcopy(layer).double()
-        plain.fused = None
+        plain.fast_path = None
         expected = _evaluate(plain, plain, [t.double() for t in inputs], light, seed=1)
         inputs = [
             t.to(device, memory_format=torch.channels_last if t.ndim == 4 else torch.preserve_format) for t in inputs
