@@ -11,8 +11,8 @@ from torch import nn
 
 from timm_mrla.checkpoints import read_checkpoint, read_config, saved_file
 from timm_mrla.checks import explain_build_errors
-from timm_mrla.models import Adapter, backbone_names, listed, weights_source
-from timm_mrla.state_dict import StateDict
+from timm_mrla.models import Adapter, backbone_names, weights_source
+from timm_mrla.state_dict import StateDict, listed
 
 __all__ = ['load_adapter', 'shrink']
 

@@ -1,11 +1,13 @@
-"""Names in state dicts: removes the prefixes of wrappers and translates the names of the paper's code."""
+"""State dicts: removes prefixes of wrappers, translates the paper's names, and checks that one fits a model."""
 
 import re
 
 import torch
+from timm.layers import to_ntuple
+from timm.models import PretrainedCfg
 from torch import nn
 
-__all__ = ['WRAPPERS', 'StateDict', 'convert_state_dict', 'gather_state_dict']
+__all__ = ['WRAPPERS', 'StateDict', 'convert_state_dict', 'fit_state_dict', 'gather_state_dict', 'listed']
 
 StateDict = dict[str, torch.Tensor]
 
@@ -14,6 +16,8 @@ WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 
 # names in the authors' code -> our names
 _AUTHORS_NAMES = (
+    # the stages of their ResNets with MRLA-base; blocks of timm's models have none of these parts at this depth
+    (r'^stages\.(\d)(?=\.\d+\.(conv\d|bn\d|bn_mrla|downsample|mrla\.mrla)\.)', lambda m: f'layer{int(m[1]) + 1}'),
     (r'\.bn_mrla\.', '.mrla.norm.'),
     (r'\.norm_mrla\.', '.mrla.norm_x.'),
     (r'\.mrla\.norm(x|o)\.', r'.mrla.norm_\1.'),
@@ -45,6 +49,45 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
         if k in out:  # the paper's code has two 1-d convolutions, [1, 1, K] each; ours are one
             out[name.replace('.q.weight', '.qk.weight')] = torch.cat([out.pop(name), out.pop(k)])[:, :, None]
     return out
+
+
+def listed(names: list[str]) -> str:
+    """Names as text, the first five of them."""
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+
+
+def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
+    """Return a state dict that fits a model, or raise RuntimeError if a name or a shape differs.
+
+    The classifier and the first convolution may differ, because timm adapts them. If strict is False, names of the
+    backbone may be missing or too many, because timm has such weights.
+    """
+    if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise RuntimeError('there is no state dict in it')
+    if isinstance(getattr(model, 'norm', None), nn.Identity):  # average pooling: the norm comes after it
+        state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
+    adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.rpartition('.')[0] not in adapted}
+        for tensors in (model.state_dict(), state_dict)
+    )
+    missing, unexpected = (
+        [name for name in some if name not in others and (strict or '.mrla.' in name)]
+        for some, others in ((ours, theirs), (theirs, ours))
+    )
+    differing = [k for k in ours if theirs.get(k, ours[k]) != ours[k]]
+    differing = [f'its {k} is {theirs[k]} and the model has {ours[k]}' for k in differing]
+    problems = [
+        what + listed(names)
+        for what, names in (('it lacks ', missing), ('the model has no ', unexpected), ('', differing))
+        if names
+    ]
+    if problems:
+        hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
+        if len(problems) == 1 and {*missing} == {name for name in ours if '.mrla.' in name}:
+            hint = "; if these are the plain backbone's weights, add the tag of a warm start to the model's name"
+        raise RuntimeError('; '.join(problems) + hint)
+    return state_dict
 
 
 def gather_state_dict(model: nn.Module) -> StateDict:

@@ -13,8 +13,7 @@ from torch import nn
 from timm_mrla.checkpoints import load_checkpoint, read_checkpoint, read_config, saved_file
 from timm_mrla.checks import explain_build_errors
 from timm_mrla.detection.backbone import DETECTORS, Detector, any_size
-from timm_mrla.models import fit_state_dict
-from timm_mrla.state_dict import StateDict
+from timm_mrla.state_dict import StateDict, fit_state_dict
 
 
 def _check_values(name: str, saved: dict[str, Any]) -> None:

@@ -9,6 +9,6 @@ from timm_mrla.models._attach import attach, sites
 from timm_mrla.models._graft import is_lost
 from timm_mrla.models._loops import SelfWithOverrides
 from timm_mrla.models._registry import BACKBONES, MODEL_ARGS
-from timm_mrla.models._weights import TAG, fit_state_dict, listed, weights_source
+from timm_mrla.models._weights import TAG, weights_source
 
 __all__ = ['attach', 'sites']

@@ -11,8 +11,8 @@ from timm.models import PretrainedCfg, load_pretrained
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
-from timm_mrla.models._weights import fit_state_dict, weights_source, with_own_layer_attention
-from timm_mrla.state_dict import StateDict, convert_state_dict
+from timm_mrla.models._weights import weights_source, with_own_layer_attention
+from timm_mrla.state_dict import StateDict, convert_state_dict, fit_state_dict
 
 Model = TypeVar('Model', bound=nn.Module)
 

@@ -8,8 +8,8 @@ from timm.models import PretrainedCfg, list_pretrained, resolve_pretrained_cfg
 from torch import nn
 
 from timm_mrla.models._adapter import complete, fingerprint
-from timm_mrla.models._weights import fit_state_dict, is_warm_start, listed, start_untrained, warn_untrained
-from timm_mrla.state_dict import StateDict
+from timm_mrla.models._weights import is_warm_start, start_untrained, warn_untrained
+from timm_mrla.state_dict import StateDict, fit_state_dict, listed
 
 
 def _resolve(*args: Any) -> PretrainedCfg:

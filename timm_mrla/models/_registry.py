@@ -28,7 +28,6 @@ MODEL_ARGS: dict[str, dict[str, Any]] = {}  # our entry -> arguments that its ba
 
 Kind = type[LightBlock] | type[BaseBlock] | None  # None: the model builds its layer attention itself
 Entrypoint = Callable[..., nn.Module]
-Filter = Callable[..., StateDict]
 
 
 def register_entries(
@@ -39,7 +38,6 @@ def register_entries(
     base: type[LightBlock] | type[BaseBlock] = LightBlock,
     warm: bool = True,
     cfg: dict[str, Any] | None = None,
-    filter_fn: Filter | None = None,
     **model_args,
 ) -> None:
     """Register the entries of one module of timm as `ENTRY_mrla`, or as `ENTRY_mrlab` with MRLA-base.
@@ -54,7 +52,6 @@ def register_entries(
         base: Base class of the blocks with layer attention.
         warm: Whether the entries have warm starts.
         cfg: Values that differ from timm's configurations.
-        filter_fn: Filter of checkpoints, applied before timm's.
         **model_args: Arguments for timm's entries, where they differ from timm's.
     """
     base.define(module, blocks)
@@ -74,19 +71,17 @@ def register_entries(
         # `ENTRY.*` makes the entry itself timm's default; otherwise timm would take the first warm start
         cfgs[f'{entry}.*'] = weights.without_weights(default.default, **cfg)
         doc = f"timm's {backbone} with {kind.layer.__name__}."
-        if register_entry(module, entry, stock, kind, cfgs, doc, filter_fn, **model_args):
+        if register_entry(module, entry, stock, kind, cfgs, doc, **model_args):
             BACKBONES[entry], MODEL_ARGS[entry] = backbone, model_args
 
 
-def register_entry(
-    module: str, entry: str, stock: Entrypoint, kind: Kind, cfgs: dict, doc: str, filter_fn=None, **model_args
-) -> bool:
+def register_entry(module: str, entry: str, stock: Entrypoint, kind: Kind, cfgs: dict, doc: str, **model_args) -> bool:
     """Register an entry that the entrypoint `stock` builds, unless its name is taken; tell whether it is registered."""
     if models.is_model(entry):
         return models.model_entrypoint(entry).__module__ == module  # this package may have been imported before
 
     def fn(pretrained: bool = False, **kwargs) -> nn.Module:
-        return build(stock, entry, kind, pretrained, filter_fn, **{**model_args, **kwargs})
+        return build(stock, entry, kind, pretrained, **{**model_args, **kwargs})
 
     fn.__name__ = fn.__qualname__ = entry
     fn.__module__, fn.__doc__ = module, doc
@@ -131,7 +126,6 @@ def build(
     entry: str,
     kind: Kind,
     pretrained: bool,
-    filter_fn: Filter | None = None,
     pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     mrla_recompute: bool = False,
@@ -169,8 +163,6 @@ def build(
 
         def convert(state_dict: StateDict, model: nn.Module) -> StateDict:
             state_dict = convert_state_dict(state_dict)
-            if filter_fn:
-                state_dict = filter_fn(state_dict)
             if pretrained_filter_fn:
                 state_dict = weights.apply_filter(pretrained_filter_fn, state_dict, model)
             return state_dict

@@ -1,19 +1,16 @@
-"""Loads weights into models: starts from timm's plain backbones, and checks that checkpoints fit completely."""
+"""Starts models from the weights of timm's plain backbones."""
 
 import inspect
 import logging
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from timm.layers import to_ntuple
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
-from timm_mrla.state_dict import StateDict
+from timm_mrla.state_dict import StateDict, fit_state_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -70,11 +67,6 @@ def backbone_cfg(entry: str, cfg: dict[str, Any]) -> PretrainedCfg | None:
 def weights_source(cfg: PretrainedCfg) -> str:
     """The place that timm loads the weights of a configuration from; empty if there is none."""
     return 'the given state dict' if cfg.state_dict else str(cfg.file or cfg.hf_hub_id or '')
-
-
-def listed(names: list[str]) -> str:
-    """Names as text, the first five of them."""
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
 
 
 def drop_weights_description(model: nn.Module) -> None:
@@ -134,37 +126,3 @@ def warn_untrained(cfg: PretrainedCfg) -> None:
         f'{cfg.architecture} starts from the plain backbone of {weights_source(cfg)}: its layer attention is '
         'untrained and adds nothing until you train it.'
     )
-
-
-def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
-    """Return a state dict that fits a model, or raise RuntimeError if a name or a shape differs.
-
-    The classifier and the first convolution may differ, because timm adapts them. If strict is False, names of the
-    backbone may be missing or too many, because timm has such weights.
-    """
-    if not state_dict or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
-        raise RuntimeError('there is no state dict in it')
-    if isinstance(getattr(model, 'norm', None), nn.Identity):  # average pooling: the norm comes after it
-        state_dict = {re.sub(r'^norm\.', 'fc_norm.', name): tensor for name, tensor in state_dict.items()}
-    adapted = [name for names in (cfg.classifier, cfg.first_conv) if names for name in to_ntuple(1)(names)]
-    ours, theirs = (
-        {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.rpartition('.')[0] not in adapted}
-        for tensors in (model.state_dict(), state_dict)
-    )
-    missing, unexpected = (
-        [name for name in some if name not in others and (strict or '.mrla.' in name)]
-        for some, others in ((ours, theirs), (theirs, ours))
-    )
-    differing = [k for k in ours if theirs.get(k, ours[k]) != ours[k]]
-    differing = [f'its {k} is {theirs[k]} and the model has {ours[k]}' for k in differing]
-    problems = [
-        what + listed(names)
-        for what, names in (('it lacks ', missing), ('the model has no ', unexpected), ('', differing))
-        if names
-    ]
-    if problems:
-        hint = '' if ours.keys() & theirs.keys() else '; no name fits: a prefix is dropped only if all names have it'
-        if len(problems) == 1 and {*missing} == {name for name in ours if '.mrla.' in name}:
-            hint = "; if these are the plain backbone's weights, add the tag of a warm start to the model's name"
-        raise RuntimeError('; '.join(problems) + hint)
-    return state_dict

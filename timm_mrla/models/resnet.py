@@ -1,6 +1,5 @@
 """ResNet and related models with MRLA-light and MRLA-base, as in the paper."""
 
-import re
 from functools import partial
 
 import torch
@@ -51,11 +50,6 @@ class MrlaBaseResNet(Host, ResNet):
                 module.grad_checkpointing = enable
 
 
-def _authors_stages(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the stages, which are `stages.0` to `stages.3` in the authors' MRLA-base."""
-    return {re.sub(r'^stages\.(\d)\.', lambda m: f'layer{int(m[1]) + 1}.', k): v for k, v in state_dict.items()}
-
-
 _recipe = partial(Recipe, 'post', init_v=partial(nn.init.kaiming_normal_, mode='fan_out', nonlinearity='relu'))
 _base = partial(_recipe, hosts=(MrlaBaseResNet,))
 
@@ -66,7 +60,6 @@ register_entries(
     {f'resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50, 101, 152)},
     base=BaseBlock,
     warm=False,  # the ReLU after the norm passes no gradient where the norm is at zero
-    filter_fn=_authors_stages,
     cfg={'first_conv': 'conv1.0'},
     stem_type='deep',
     stem_width=32,
