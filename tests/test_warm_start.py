@@ -30,7 +30,7 @@ WARM = {
 every = pytest.mark.parametrize(
     'name', slow_except(['resnet18_mrla', 'deit_tiny_mrlab', 'deit_tiny_distilled_mrla'], WARM)
 )
-LOGGER = 'timm_mrla.models._weights'
+LOGGER = 'timm_mrla.models._build'
 
 
 def randomize(model):

@@ -1,18 +1,16 @@
-"""Layer attention as an adapter: freezes the backbone, and completes small files with the backbone's weights."""
+"""Layer attention as an adapter: freezes the backbone, and tells which weights it has."""
 
 import functools
 import hashlib
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from timm.layers import to_ntuple
-from timm.models import PretrainedCfg, load_pretrained
+from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
-from timm_mrla.models._weights import weights_source, with_own_layer_attention
-from timm_mrla.state_dict import StateDict, convert_state_dict, fit_state_dict
+from timm_mrla.state_dict import StateDict, convert_state_dict
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -85,47 +83,3 @@ def fingerprint(state_dict: StateDict, cfg: PretrainedCfg) -> str:
             digest.update(f'{name} {tensor.dtype} {[*tensor.shape]}'.encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def complete(
-    adapter: StateDict,
-    model: nn.Module,
-    cfg: PretrainedCfg,
-    expected: str,
-    convert: Callable[..., StateDict],
-    strict: bool,
-) -> StateDict:
-    """Complete the state dict of an adapter with the backbone's weights, which timm loads into the model first.
-
-    Args:
-        adapter: Layer attention, the classifier, and whatever else was trained.
-        model: The model.
-        cfg: Configuration of the backbone's weights.
-        expected: Fingerprint of the weights that the adapter was trained on.
-        convert: Converts the backbone's checkpoint to the model's names.
-        strict: Whether the backbone's names must all be there.
-
-    Raises:
-        RuntimeError: The backbone's weights cannot be loaded, or are others.
-    """
-    source = weights_source(cfg)
-
-    def check(state_dict: StateDict, model: nn.Module) -> StateDict:
-        found = fingerprint(state_dict, cfg)
-        if found != expected:
-            raise RuntimeError(
-                f'the adapter was trained on the weights {cfg.hf_hub_id}, with the fingerprint {expected[:12]}, and '
-                f'{source} has {found[:12]}; pretrained_cfg_overlay=dict(file=PATH) names another file'
-            )
-        return fit_state_dict(with_own_layer_attention(convert(state_dict, model), model), model, cfg, strict)
-
-    # timm reads there for which grid of patches a checkpoint is
-    adapters_cfg, adapters_args = model.pretrained_cfg, model.pretrained_model_args
-    model.pretrained_cfg, model.pretrained_model_args = cfg.to_dict(), {}
-    try:
-        load_pretrained(model, model.pretrained_cfg, model.num_classes, model.in_chans, check, strict=False)
-    except Exception as e:  # of the Hub's client, of torch, or of the check
-        raise RuntimeError(f"the backbone's weights cannot be loaded from {source}: {e}") from e
-    model.pretrained_cfg, model.pretrained_model_args = adapters_cfg, adapters_args
-    own = model.state_dict()
-    return {**{name: own[name] for name in backbone_names(model)}, **convert_state_dict(adapter)}

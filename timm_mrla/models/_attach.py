@@ -12,7 +12,7 @@ from timm_mrla.models._weights import backbone_cfg, drop_weights_description
 from timm_mrla.switches import is_on
 
 
-def _entry(model: nn.Module) -> str:
+def _backbone(model: nn.Module) -> str:
     """The name in timm's registry of a model, or of its plain backbone; empty if there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'a model is needed, and {model!r:.80} is none; timm.create_model builds one')
@@ -30,7 +30,7 @@ def sites(model: nn.Module) -> Sites:
         The blocks in order: name, name of the class, channels, form and layout of layer attention, and the reason why
         the block supports none, empty if it does. Printed, a table.
     """
-    return find_sites(model, LightBlock, _entry(model))
+    return find_sites(model, LightBlock, _backbone(model))
 
 
 def _wrapper(model: nn.Module) -> str:
@@ -75,21 +75,21 @@ def attach(
         TypeError: `model` is no model, or a pattern is no string.
         ValueError: The model has layer attention, is wrapped, or has no supported block, or a pattern matches none.
     """
-    backbone, adapter = _entry(model), is_on('adapter', adapter)
+    backbone, adapter = _backbone(model), is_on('adapter', adapter)
     if layer_attentions(model):
         raise ValueError(f'{type(model).__name__} has layer attention already; attach it to the plain model, once')
     if wrapper := _wrapper(model):
         raise ValueError(f'this model is wrapped by {wrapper}; attach first, then wrap')
-    patterns = graft(model, LightBlock, backbone, blocks, identity)
-    entry = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
+    patterns = graft(model, LightBlock, backbone, blocks=blocks, identity=identity)
+    name = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
     weights = None
-    if entry:
+    if name:
         cfg = model.pretrained_cfg
         args = {} if patterns is None else {'mrla_blocks': patterns}
         if adapter:
             args['mrla_adapter'] = True
-            weights = backbone_cfg(entry, cfg)
-        model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': entry}
+            weights = backbone_cfg(name, cfg)
+        model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': name}
         drop_weights_description(model)
         model._model_args = {**getattr(model, '_model_args', {}), **args}  # timm saves these arguments with the model
     return freeze_backbone(model, weights) if adapter else model

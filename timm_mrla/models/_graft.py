@@ -83,7 +83,7 @@ class Recipe:
     takes_grid: bool = False  # whether timm's block itself takes the grid of its tokens, after x
     num_heads: int | None = None  # if it divides the width; by default, heads are as wide as the form allows
     init_v: Callable[[torch.Tensor], Any] | None = None  # of the value's convolution in the paper, if not torch's
-    not_in: tuple[str, ...] = ()  # entries of timm whose blocks of this class have none in the paper
+    not_in: tuple[str, ...] = ()  # models of timm whose blocks of this class have none in the paper
 
     def norm_of(self, block: nn.Module) -> nn.Module:
         """The norm of a block."""
@@ -117,11 +117,11 @@ class _Block:
         return next((host for host in hosts if isinstance(owner, host) or type(owner) is host.stock), None)
 
     @classmethod
-    def site(cls, name: str, block: nn.Module, owner: nn.Module, entry: str) -> Site:
-        """Describe a block, which is in a list of blocks of the module `owner`."""
+    def site(cls, name: str, block: nn.Module, owner: nn.Module, backbone: str) -> Site:
+        """Describe a block of timm's model `backbone`, which is in a list of blocks of the module `owner`."""
         recipe, host = cls.recipe, cls.host_of(owner)
         weight = getattr(recipe.norm_of(block), 'weight', None)
-        if entry in recipe.not_in:
+        if backbone in recipe.not_in:
             reason = 'in the paper it has none'
         elif recipe.hosts and host is None:
             reason = f'{type(owner).__name__} does not tell it the grid of its tokens'
@@ -228,8 +228,8 @@ def _owner(name: str) -> str:
     return name.rpartition('.')[0].rpartition('.')[0]
 
 
-def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
-    """List the blocks of a model, an entry of timm, and the layer attention of a kind that they support or have."""
+def find_sites(model: nn.Module, kind: type[_Block], backbone: str) -> Sites:
+    """List the blocks of timm's model `backbone`, and the layer attention of a kind that they support or have."""
     sites, modules, last = Sites(), dict(model.named_modules()), None
     for name, block in modules.items():
         if is_lost(block):
@@ -238,7 +238,7 @@ def find_sites(model: nn.Module, kind: type[_Block], entry: str) -> Sites:
             continue
         cls = type(block) if isinstance(block, kind) else kind.classes.get(type(block))
         if cls is not None and not (last and name.startswith(f'{last}.')):
-            sites.append(cls.site(name, block, modules[_owner(name)], entry))
+            sites.append(cls.site(name, block, modules[_owner(name)], backbone))
             last = name
     return sites
 
@@ -265,14 +265,15 @@ def _choose(found: Sites, patterns: list[str] | None, kind: type[_Block], title:
 def graft(
     model: nn.Module,
     kind: type[_Block],
-    entry: str,
+    backbone: str,
+    *,
     blocks: str | Iterable[str] | None = None,
     identity: bool = False,
     without: str | None = None,
     drop_path: float | None = None,
     **host_args,
 ) -> list[str] | None:
-    """Add layer attention of a kind to the supported blocks of a model, an entry of timm, in place.
+    """Add layer attention of a kind to the supported blocks of a model, timm's model `backbone`, in place.
 
     `blocks` are patterns of names, by default of all blocks; they are returned as a list. `identity` makes layer
     attention add exactly nothing until it is trained. `without` is a part of the layer, 'v' or 'lam', that is zero and
@@ -289,9 +290,9 @@ def graft(
         given, blocks = blocks, [*blocks] if isinstance(blocks, Iterable) and not isinstance(blocks, str) else [blocks]
         if not all(isinstance(pattern, str) for pattern in blocks):
             raise TypeError(f"blocks {given!r:.80} are no patterns of names of blocks, such as 'stages.2.*'")
-    title = entry or type(model).__name__
+    title = backbone or type(model).__name__
     modules, hosts = dict(model.named_modules()), {}
-    chosen = _choose(find_sites(model, kind, entry), blocks, kind, title)
+    chosen = _choose(find_sites(model, kind, backbone), blocks, kind, title)
     for site in chosen:
         block, owner = modules[site.name], modules[_owner(site.name)]
         cls = kind.classes[type(block)]

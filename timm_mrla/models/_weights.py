@@ -1,7 +1,6 @@
 """Starts models from the weights of timm's plain backbones."""
 
 import inspect
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,9 +9,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
-from timm_mrla.state_dict import StateDict, fit_state_dict
-
-_logger = logging.getLogger(__name__)
+from timm_mrla.state_dict import StateDict
 
 TAG = 'warmstart_'
 
@@ -33,31 +30,30 @@ def without_weights(cfg: PretrainedCfg, **values: Any) -> PretrainedCfg:
     return changed(cfg, architecture=None, custom_load=False, **dict.fromkeys(keys), **values)
 
 
-def warm_start_cfg(cfg: PretrainedCfg, entry: str, source: str, **values: Any) -> PretrainedCfg:
-    """The configuration that starts an entry from timm's weights `source` of its backbone, with other values."""
+def warm_start_cfg(cfg: PretrainedCfg, name: str, source: str) -> PretrainedCfg:
+    """The configuration that starts a model from timm's weights `source` of its backbone."""
     return changed(
         cfg,
         url=None if cfg.hf_hub_id else cfg.url,  # timm prefers the Hub if there are both
         hf_hub_id=f'timm/{source}' if cfg.hf_hub_id == 'timm/' else cfg.hf_hub_id,
         architecture=None,
         tag=None,
-        description=f"A start for training {entry}: timm's weights of {source}, layer attention untrained.",
+        description=f"A start for training {name}: timm's weights of {source}, layer attention untrained.",
         notes=(f'Layer attention adds exactly nothing yet: until it is trained, this computes {source}.',),
-        **values,
     )
 
 
 def is_warm_start(cfg: PretrainedCfg) -> bool:
-    """Whether a configuration is a warm start."""
-    return (cfg.tag or '').startswith(TAG)
+    """Whether a configuration is a warm start; one that was saved with a trained model is none."""
+    return (cfg.tag or '').startswith(TAG) and not cfg.source
 
 
-def backbone_cfg(entry: str, cfg: dict[str, Any]) -> PretrainedCfg | None:
-    """The warm start of an entry with the weights of a plain timm model, by its configuration; None if there is none.
+def backbone_cfg(name: str, cfg: dict[str, Any]) -> PretrainedCfg | None:
+    """The warm start of a model with the weights of a plain timm model, by its configuration; None if there is none.
 
     The weights are in the model's own file, if it was given one.
     """
-    name = f'{entry}.{TAG}{cfg.get("tag")}'
+    name = f'{name}.{TAG}{cfg.get("tag")}'
     if not is_model_pretrained(name):
         return None
     own = None if cfg.get('source') else cfg.get('file')
@@ -104,25 +100,3 @@ def zero_output_scales(model: nn.Module) -> None:
     if hasattr(model, 'group_matcher'):  # a bound method would make a cycle, which keeps the model alive
         groups = {coarse: type(model).group_matcher(model, coarse) for coarse in (False, True)}
         model.group_matcher = partial(_group_matcher, groups)
-
-
-def with_own_layer_attention(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Complete the state dict of a plain backbone with the layer attention that a model has."""
-    return {**state_dict, **{name: tensor for name, tensor in model.state_dict().items() if '.mrla.' in name}}
-
-
-def start_untrained(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, strict: bool = True) -> StateDict:
-    """Complete the weights of a plain backbone for a warm start: layer attention adds nothing until it is trained.
-
-    Raises as `fit_state_dict` does.
-    """
-    zero_output_scales(model)
-    return fit_state_dict(with_own_layer_attention(state_dict, model), model, cfg, strict)
-
-
-def warn_untrained(cfg: PretrainedCfg) -> None:
-    """Say that a model computes what its backbone computes."""
-    _logger.warning(
-        f'{cfg.architecture} starts from the plain backbone of {weights_source(cfg)}: its layer attention is '
-        'untrained and adds nothing until you train it.'
-    )

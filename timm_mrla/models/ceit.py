@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from timm.layers import LayerNorm, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
-from timm.models import VisionTransformer, build_model_with_cfg
+from timm.models import PretrainedCfg, VisionTransformer, build_model_with_cfg
 from timm.models._input import get_pretrained_grid_size  # not exported
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_mrla.layers import Grid, MrlaLight, from_map, recompute, to_map
 from timm_mrla.models._loops import FunctionList, SelfWithOverrides
-from timm_mrla.models._registry import register_entry
+from timm_mrla.models._registry import register_entrypoint
 from timm_mrla.models._transformer import GridHost
 
 
@@ -188,9 +188,15 @@ def _ceit(pretrained: bool = False, **kwargs) -> Ceit:
     )
 
 
-_cfg = dict(input_size=(3, 224, 224), crop_pct=0.9, interpolation='bicubic', fixed_input_size=True)
-_cfg.update(first_conv='patch_embed.proj.conv', classifier='head')
+_cfg = PretrainedCfg(
+    input_size=(3, 224, 224),
+    crop_pct=0.9,
+    interpolation='bicubic',
+    fixed_input_size=True,
+    first_conv='patch_embed.proj.conv',
+    classifier='head',
+)
 
 for size, width in (('tiny', 192), ('small', 384), ('base', 768)):
-    entry, args = f'ceit_{size}_mrla', dict(embed_dim=width, num_heads=width // 64)
-    register_entry(__name__, entry, _ceit, None, {entry: _cfg}, f'CeiT-{size} with MrlaLight.', **args)
+    args = dict(embed_dim=width, num_heads=width // 64)
+    register_entrypoint(__name__, f'ceit_{size}_mrla', _ceit, None, {'': _cfg}, f'CeiT-{size} with MrlaLight.', **args)

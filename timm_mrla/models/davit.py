@@ -3,8 +3,8 @@
 import torch
 from timm.models.davit import ChannelBlock, SpatialBlock
 
-from timm_mrla.models._graft import LightBlock
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
 
 class _TokenBlock(LightBlock):
@@ -15,5 +15,5 @@ class _TokenBlock(LightBlock):
         return self.mrla(y, o, x.shape[2:]).transpose(1, 2).view(x.shape)
 
 
-blocks = dict.fromkeys((SpatialBlock, ChannelBlock), Recipe('pre', 'norm1', 'NLC'))
-register_entries(__name__, blocks, base=_TokenBlock)
+_TokenBlock.define(__name__, dict.fromkeys((SpatialBlock, ChannelBlock), Recipe('pre', 'norm1', 'NLC')))
+register_models(__name__)

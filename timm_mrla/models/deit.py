@@ -4,9 +4,9 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from timm_mrla.models._graft import BaseBlock
+from timm_mrla.models._graft import BaseBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._registry import register_model, register_models
 from timm_mrla.models._transformer import GridHost
 
 
@@ -16,7 +16,7 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
     stock = VisionTransformer
 
     @classmethod
-    def convert(cls, module: nn.Module, stage_depth: int = 4) -> None:
+    def convert(cls, module: nn.Module, *, stage_depth: int = 4) -> None:
         """Change the class of a transformer; its memory is emptied after every `stage_depth` blocks."""
         if stage_depth < 1:
             raise ValueError(f'mrla_stage_depth {stage_depth} is less than 1')
@@ -29,9 +29,11 @@ class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
         return SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False)
 
 
-_names = {f'{name}_patch16_224': name for name in ('deit_tiny', 'deit_small', 'deit_base')}
-_distilled = {f'{name}_distilled_patch16_224': f'{name}_distilled' for name in _names.values()}
+BaseBlock.define(__name__, {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))})
 
-register_entries(__name__, {}, {**_names, **_distilled})  # vision_transformer.py defines the blocks
-blocks = {Block: Recipe('pre', 'norm1', 'NLC', hosts=(MrlaBaseVisionTransformer,))}
-register_entries(__name__, blocks, _names, base=BaseBlock)
+# vision_transformer.py defines the blocks of MRLA-light; the paper's models have shorter names than timm's
+for size in ('deit_tiny', 'deit_small', 'deit_base'):
+    register_model(__name__, f'{size}_mrla', f'{size}_patch16_224')
+    register_model(__name__, f'{size}_distilled_mrla', f'{size}_distilled_patch16_224')
+    register_model(__name__, f'{size}_mrlab', f'{size}_patch16_224', BaseBlock)
+register_models(__name__, without='deit_(tiny|small|base)(_distilled)?_patch16_224')

@@ -2,10 +2,12 @@
 
 from timm.models.edgenext import ConvBlock, SplitTransposeBlock
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
-blocks = {
+_blocks = {
     ConvBlock: Recipe('pre', 'norm', where=lambda block: not block.shortcut_after_dw),
     SplitTransposeBlock: Recipe('pre', 'norm'),
 }
-register_entries(__name__, blocks)
+LightBlock.define(__name__, _blocks)
+register_models(__name__)

@@ -6,13 +6,14 @@ from functools import partial
 from timm.models import _efficientnet_blocks as timm_blocks  # not exported
 from torch import nn
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
 _init_v = partial(nn.init.normal_, std=math.sqrt(2 / 9))
 _recipe = partial(Recipe, 'post', where=lambda block: block.has_skip, num_heads=8, init_v=_init_v)
 _not_in = ('efficientnet_b0', 'efficientnet_b1', 'efficientnet_b2')
 
-blocks = {
+_blocks = {
     timm_blocks.InvertedResidual: _recipe('bn3'),
     timm_blocks.EdgeResidual: _recipe('bn2', not_in=_not_in),
     timm_blocks.DepthwiseSeparableConv: _recipe('bn2', not_in=_not_in),
@@ -20,4 +21,5 @@ blocks = {
     timm_blocks.MobileAttention: _recipe('norm', not_in=_not_in),
     timm_blocks.ConvBnAct: _recipe('bn1', not_in=_not_in),
 }
-register_entries(__name__, blocks, without='mobilenetv1_.*|test_efficientnet(_evos|_gn|_ln)?')
+LightBlock.define(__name__, _blocks)
+register_models(__name__, without='mobilenetv1_.*|test_efficientnet(_evos|_gn|_ln)?')

@@ -2,7 +2,8 @@
 
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import Recipe
+from timm_mrla.models._registry import register_models
 from timm_mrla.models._transformer import GridHost, TokenBlock
 
 
@@ -12,5 +13,6 @@ class MrlaEva(GridHost, Eva):
     stock = Eva
 
 
-blocks = dict.fromkeys((EvaBlock, EvaBlockPostNorm), Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,)))
-register_entries(__name__, blocks, base=TokenBlock)
+_recipe = Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))
+TokenBlock.define(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), _recipe))
+register_models(__name__)

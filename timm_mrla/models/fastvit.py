@@ -2,6 +2,8 @@
 
 from timm.models.fastvit import AttentionBlock, RepMixerBlock
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
-register_entries(__name__, dict.fromkeys((RepMixerBlock, AttentionBlock), Recipe('post', 'mlp.conv.bn')))
+LightBlock.define(__name__, dict.fromkeys((RepMixerBlock, AttentionBlock), Recipe('post', 'mlp.conv.bn')))
+register_models(__name__)

@@ -2,6 +2,8 @@
 
 from timm.models.inception_next import MetaNeXtBlock
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
-register_entries(__name__, {MetaNeXtBlock: Recipe('post', 'norm')})
+LightBlock.define(__name__, {MetaNeXtBlock: Recipe('post', 'norm')})
+register_models(__name__)

@@ -2,6 +2,8 @@
 
 from timm.models.mambaout import GatedConvBlock
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
-register_entries(__name__, {GatedConvBlock: Recipe('pre', 'norm', 'NHWC')})
+LightBlock.define(__name__, {GatedConvBlock: Recipe('pre', 'norm', 'NHWC')})
+register_models(__name__)

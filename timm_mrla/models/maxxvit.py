@@ -5,7 +5,8 @@ from functools import partial
 from timm.models.maxxvit import ConvNeXtBlock, MaxxVitBlock, MbConvBlock, ParallelMaxxVitBlock, TransformerBlock2d
 from torch import nn
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
 
 def _conv(block: nn.Module) -> nn.Module:
@@ -21,5 +22,6 @@ def _norm(block: nn.Module) -> nn.Module:
 
 _recipe = partial(Recipe, 'post', where=lambda block: isinstance(_conv(block).shortcut, nn.Identity))
 
-blocks = dict.fromkeys((MbConvBlock, ConvNeXtBlock, MaxxVitBlock, ParallelMaxxVitBlock), _recipe(_norm))
-register_entries(__name__, {**blocks, TransformerBlock2d: _recipe('norm2')}, without='test_maxvit')
+_blocks = dict.fromkeys((MbConvBlock, ConvNeXtBlock, MaxxVitBlock, ParallelMaxxVitBlock), _recipe(_norm))
+LightBlock.define(__name__, {**_blocks, TransformerBlock2d: _recipe('norm2')})
+register_models(__name__, without='test_maxvit')

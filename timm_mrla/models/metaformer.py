@@ -5,9 +5,9 @@ from functools import partial
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
-from timm_mrla.models._graft import Host
+from timm_mrla.models._graft import Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_grid
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._registry import register_models
 
 
 class MrlaMetaFormerStage(Host, MetaFormerStage):
@@ -24,4 +24,5 @@ class MrlaMetaFormerStage(Host, MetaFormerStage):
 
 
 _recipe = partial(Recipe, layout=lambda block: 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC')
-register_entries(__name__, {MetaFormerBlock: _recipe('pre', 'norm1', hosts=(MrlaMetaFormerStage,))})
+LightBlock.define(__name__, {MetaFormerBlock: _recipe('pre', 'norm1', hosts=(MrlaMetaFormerStage,))})
+register_models(__name__)

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
-from timm_mrla.models._graft import BaseBlock, Host
+from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._registry import register_model, register_models
 
 
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
@@ -22,6 +22,8 @@ class MrlaBaseStage(Host, PyramidVisionTransformerStage):
 
 _recipe = partial(Recipe, 'pre', 'norm1', 'NLC', takes_grid=True)
 
-register_entries(__name__, {Block: _recipe()})
-names = {f'pvt_v2_b{i}': f'pvt_v2_b{i}' for i in range(2)}
-register_entries(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))}, names, base=BaseBlock)
+LightBlock.define(__name__, {Block: _recipe()})
+BaseBlock.define(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))})
+register_models(__name__)
+for name in ('pvt_v2_b0', 'pvt_v2_b1'):
+    register_model(__name__, f'{name}_mrlab', name, BaseBlock)

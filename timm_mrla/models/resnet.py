@@ -6,9 +6,9 @@ import torch
 from timm.models import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from timm_mrla.models._graft import BaseBlock, Host, LightBlock
+from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._registry import register_model, register_models
 
 
 class _ShortcutBlock(LightBlock):
@@ -53,14 +53,10 @@ class MrlaBaseResNet(Host, ResNet):
 _recipe = partial(Recipe, 'post', init_v=partial(nn.init.kaiming_normal_, mode='fan_out', nonlinearity='relu'))
 _base = partial(_recipe, hosts=(MrlaBaseResNet,))
 
-register_entries(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')}, base=_ShortcutBlock)
-register_entries(
-    __name__,
-    {BasicBlock: _base('bn2'), Bottleneck: _base('bn3')},
-    {f'resnet{depth}': f'resnet{depth}' for depth in (18, 34, 50, 101, 152)},
-    base=BaseBlock,
-    warm=False,  # the ReLU after the norm passes no gradient where the norm is at zero
-    cfg={'first_conv': 'conv1.0'},
-    stem_type='deep',
-    stem_width=32,
-)
+_ShortcutBlock.define(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')})
+BaseBlock.define(__name__, {BasicBlock: _base('bn2'), Bottleneck: _base('bn3')})
+register_models(__name__)
+for name in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'):
+    # no warm start, because the ReLU after the norm passes no gradient where the norm is at zero
+    deep_stem = dict(cfg={'first_conv': 'conv1.0'}, stem_type='deep', stem_width=32)
+    register_model(__name__, f'{name}_mrlab', name, BaseBlock, warm=False, **deep_stem)

@@ -4,8 +4,10 @@ from functools import partial
 
 from timm.models.resnetv2 import Bottleneck, PreActBasic, PreActBottleneck
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
 _recipe = partial(Recipe, 'post', where=lambda block: block.downsample is None)
-blocks = {PreActBottleneck: _recipe('norm1'), PreActBasic: _recipe('norm1'), Bottleneck: _recipe('norm3')}
-register_entries(__name__, blocks)
+_blocks = {PreActBottleneck: _recipe('norm1'), PreActBasic: _recipe('norm1'), Bottleneck: _recipe('norm3')}
+LightBlock.define(__name__, _blocks)
+register_models(__name__)

@@ -2,6 +2,8 @@
 
 from timm.models.starnet import Block
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
-register_entries(__name__, {Block: Recipe('post', 'g.bn')})
+LightBlock.define(__name__, {Block: Recipe('post', 'g.bn')})
+register_models(__name__)

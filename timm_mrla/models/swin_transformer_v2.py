@@ -2,6 +2,8 @@
 
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._registry import register_models
 
-register_entries(__name__, {SwinTransformerV2Block: Recipe('pre', 'norm1', 'NHWC')})
+LightBlock.define(__name__, {SwinTransformerV2Block: Recipe('pre', 'norm1', 'NHWC')})
+register_models(__name__)

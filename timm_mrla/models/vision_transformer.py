@@ -5,7 +5,8 @@ from functools import partial
 from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models import vision_transformer as vit
 
-from timm_mrla.models._registry import Recipe, register_entries
+from timm_mrla.models._graft import Recipe
+from timm_mrla.models._registry import register_models
 from timm_mrla.models._transformer import GridHost, TokenBlock
 
 
@@ -23,11 +24,12 @@ class MrlaVisionTransformerDistilled(GridHost, VisionTransformerDistilled):
 
 _recipe = partial(Recipe, 'pre', layout='NLC', hosts=(MrlaVisionTransformer, MrlaVisionTransformerDistilled))
 
-blocks = {
+_blocks = {
     vit.Block: _recipe('norm1'),
     vit.ResPostBlock: _recipe('norm1'),
     vit.ParallelScalingBlock: _recipe('in_norm'),
     vit.DiffParallelScalingBlock: _recipe('in_norm'),
     vit.ParallelThingsBlock: _recipe('attns.0.norm'),
 }
-register_entries(__name__, blocks, base=TokenBlock)
+TokenBlock.define(__name__, _blocks)
+register_models(__name__)
