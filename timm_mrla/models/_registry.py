@@ -18,16 +18,20 @@ BACKBONES: dict[str, str] = {}  # our model -> timm's model that is its plain ba
 MODEL_ARGS: dict[str, dict[str, Any]] = {}  # our model -> arguments that its backbone is built with
 
 
-def register_models(module: str, without: str = '') -> None:
-    """Register all models of one module of timm with MRLA-light, as `NAME_mrla`.
+# timm's models without layer attention, because none of their blocks has a shortcut that keeps the shape
+_WITHOUT = re.compile('lcnet_.*|mobilenetv1_.*|test_efficientnet(_evos|_gn|_ln)?|test_maxvit')
 
-    Args:
-        module: `__name__` of a module of ours, which has the name of timm's module.
-        without: Pattern of timm's names without such a model, for example because no shortcut keeps the shape.
+
+def register_models(module: str) -> None:
+    """Register all models of a module of timm with MRLA-light, as `NAME_mrla`, in our module of the same name.
+
+    Not those that our module has registered itself, under the names of the paper.
     """
-    for backbone in sys.modules[f'timm.models.{module.rpartition(".")[2]}'].default_cfgs:
-        if models.is_model(backbone) and not re.fullmatch(without, backbone):
-            register_model(module, f'{backbone}_mrla', backbone)
+    named = {backbone for name, backbone in BACKBONES.items() if name.endswith('_mrla')}
+    timms = sys.modules.get(f'timm.models.{module}')  # timm has no CeiT
+    for backbone in timms.default_cfgs if timms else ():
+        if models.is_model(backbone) and backbone not in named and not _WITHOUT.fullmatch(backbone):
+            register_model(f'timm_mrla.models.{module}', f'{backbone}_mrla', backbone)
 
 
 def register_model(

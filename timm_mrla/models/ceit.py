@@ -188,14 +188,7 @@ def _ceit(pretrained: bool = False, **kwargs) -> Ceit:
     )
 
 
-_cfg = PretrainedCfg(
-    input_size=(3, 224, 224),
-    crop_pct=0.9,
-    interpolation='bicubic',
-    fixed_input_size=True,
-    first_conv='patch_embed.proj.conv',
-    classifier='head',
-)
+_cfg = PretrainedCfg(crop_pct=0.9, fixed_input_size=True, first_conv='patch_embed.proj.conv', classifier='head')
 
 for size, width in (('tiny', 192), ('small', 384), ('base', 768)):
     args = dict(embed_dim=width, num_heads=width // 64)

@@ -4,8 +4,6 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 _blocks = {ConvNeXtBlock: Recipe('pre', 'norm', where=lambda block: isinstance(block.shortcut, nn.Identity))}
 LightBlock.define(__name__, _blocks)
-register_models(__name__)

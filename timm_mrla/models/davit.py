@@ -4,7 +4,6 @@ import torch
 from timm.models.davit import ChannelBlock, SpatialBlock
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 
 class _TokenBlock(LightBlock):
@@ -16,4 +15,3 @@ class _TokenBlock(LightBlock):
 
 
 _TokenBlock.define(__name__, dict.fromkeys((SpatialBlock, ChannelBlock), Recipe('pre', 'norm1', 'NLC')))
-register_models(__name__)

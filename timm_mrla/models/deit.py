@@ -6,7 +6,7 @@ from torch import nn
 
 from timm_mrla.models._graft import BaseBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import register_model, register_models
+from timm_mrla.models._registry import register_model
 from timm_mrla.models._transformer import GridHost
 
 
@@ -36,4 +36,3 @@ for size in ('deit_tiny', 'deit_small', 'deit_base'):
     register_model(__name__, f'{size}_mrla', f'{size}_patch16_224')
     register_model(__name__, f'{size}_distilled_mrla', f'{size}_distilled_patch16_224')
     register_model(__name__, f'{size}_mrlab', f'{size}_patch16_224', BaseBlock)
-register_models(__name__, without='deit_(tiny|small|base)(_distilled)?_patch16_224')

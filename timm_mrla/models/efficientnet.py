@@ -7,7 +7,6 @@ from timm.models import _efficientnet_blocks as timm_blocks  # not exported
 from torch import nn
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 _init_v = partial(nn.init.normal_, std=math.sqrt(2 / 9))
 _recipe = partial(Recipe, 'post', where=lambda block: block.has_skip, num_heads=8, init_v=_init_v)
@@ -22,4 +21,3 @@ _blocks = {
     timm_blocks.ConvBnAct: _recipe('bn1', not_in=_not_in),
 }
 LightBlock.define(__name__, _blocks)
-register_models(__name__, without='mobilenetv1_.*|test_efficientnet(_evos|_gn|_ln)?')

@@ -3,7 +3,6 @@
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_models
 from timm_mrla.models._transformer import GridHost, TokenBlock
 
 
@@ -15,4 +14,3 @@ class MrlaEva(GridHost, Eva):
 
 _recipe = Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))
 TokenBlock.define(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), _recipe))
-register_models(__name__)

@@ -3,7 +3,5 @@
 from timm.models.fastvit import AttentionBlock, RepMixerBlock
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 LightBlock.define(__name__, dict.fromkeys((RepMixerBlock, AttentionBlock), Recipe('post', 'mlp.conv.bn')))
-register_models(__name__)

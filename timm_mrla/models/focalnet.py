@@ -3,8 +3,6 @@
 from timm.models.focalnet import FocalNetBlock
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 _blocks = {FocalNetBlock: Recipe('pre', lambda block: block.norm1_post if block.use_post_norm else block.norm1)}
 LightBlock.define(__name__, _blocks)
-register_models(__name__)

@@ -6,7 +6,6 @@ from timm.models.maxxvit import ConvNeXtBlock, MaxxVitBlock, MbConvBlock, Parall
 from torch import nn
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 
 def _conv(block: nn.Module) -> nn.Module:
@@ -24,4 +23,3 @@ _recipe = partial(Recipe, 'post', where=lambda block: isinstance(_conv(block).sh
 
 _blocks = dict.fromkeys((MbConvBlock, ConvNeXtBlock, MaxxVitBlock, ParallelMaxxVitBlock), _recipe(_norm))
 LightBlock.define(__name__, {**_blocks, TransformerBlock2d: _recipe('norm2')})
-register_models(__name__, without='test_maxvit')

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from timm_mrla.models._graft import Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_grid
-from timm_mrla.models._registry import register_models
 
 
 class MrlaMetaFormerStage(Host, MetaFormerStage):
@@ -25,4 +24,3 @@ class MrlaMetaFormerStage(Host, MetaFormerStage):
 
 _recipe = partial(Recipe, layout=lambda block: 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC')
 LightBlock.define(__name__, {MetaFormerBlock: _recipe('pre', 'norm1', hosts=(MrlaMetaFormerStage,))})
-register_models(__name__)

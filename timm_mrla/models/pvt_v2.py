@@ -7,7 +7,7 @@ from timm.models.pvt_v2 import Block, PyramidVisionTransformerStage
 
 from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import register_model, register_models
+from timm_mrla.models._registry import register_model
 
 
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
@@ -24,6 +24,5 @@ _recipe = partial(Recipe, 'pre', 'norm1', 'NLC', takes_grid=True)
 
 LightBlock.define(__name__, {Block: _recipe()})
 BaseBlock.define(__name__, {Block: _recipe(hosts=(MrlaBaseStage,))})
-register_models(__name__)
 for name in ('pvt_v2_b0', 'pvt_v2_b1'):
     register_model(__name__, f'{name}_mrlab', name, BaseBlock)

@@ -6,8 +6,6 @@ from timm.models.regnet import Bottleneck, PreBottleneck
 from torch import nn
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._registry import register_models
 
 _recipe = partial(Recipe, 'post', where=lambda block: isinstance(block.downsample, nn.Identity))
 LightBlock.define(__name__, {Bottleneck: _recipe('conv3.bn'), PreBottleneck: _recipe('norm1')})
-register_models(__name__)

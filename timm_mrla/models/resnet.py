@@ -8,7 +8,7 @@ from torch import nn
 
 from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import register_model, register_models
+from timm_mrla.models._registry import register_model
 
 
 class _ShortcutBlock(LightBlock):
@@ -55,7 +55,6 @@ _base = partial(_recipe, hosts=(MrlaBaseResNet,))
 
 _ShortcutBlock.define(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')})
 BaseBlock.define(__name__, {BasicBlock: _base('bn2'), Bottleneck: _base('bn3')})
-register_models(__name__)
 for name in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'):
     # no warm start, because the ReLU after the norm passes no gradient where the norm is at zero
     deep_stem = dict(cfg={'first_conv': 'conv1.0'}, stem_type='deep', stem_width=32)

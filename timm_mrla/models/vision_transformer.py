@@ -6,7 +6,6 @@ from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models import vision_transformer as vit
 
 from timm_mrla.models._graft import Recipe
-from timm_mrla.models._registry import register_models
 from timm_mrla.models._transformer import GridHost, TokenBlock
 
 
@@ -32,4 +31,3 @@ _blocks = {
     vit.ParallelThingsBlock: _recipe('attns.0.norm'),
 }
 TokenBlock.define(__name__, _blocks)
-register_models(__name__)
