@@ -75,20 +75,11 @@ class _Builder:
     fingerprint: str = ''  # of the backbone's weights, once an adapter has read them
     model: nn.Module | None = None  # the model, once it is built; timm may wrap it, to extract features
 
-    def __call__(
-        self,
-        model_cls: Entrypoint,
-        variant: str,
-        *args: Any,
-        pretrained_filter_fn: Callable[..., StateDict] | None = None,
-        pretrained_strict: bool = True,
-        pruned: bool = False,
-        **kwargs,
-    ) -> nn.Module:
+    def __call__(self, model_cls: Entrypoint, variant: str, *args: Any, **kwargs) -> nn.Module:
         """Call timm's `build_model_with_cfg` with the arguments that an entrypoint of timm's has for it."""
-        self.filter_fn, self.strict = pretrained_filter_fn, pretrained_strict
-        create = partial(self.create, model_cls, variant if pruned else '')
-        kwargs.update(pretrained_cfg=self.cfg, pretrained_filter_fn=self.fit, pretrained_strict=pretrained_strict)
+        self.filter_fn, self.strict = kwargs.get('pretrained_filter_fn'), kwargs.get('pretrained_strict', True)
+        create = partial(self.create, model_cls, variant if kwargs.pop('pruned', False) else '')
+        kwargs.update(pretrained_cfg=self.cfg, pretrained_filter_fn=self.fit)
         return models.build_model_with_cfg(create, variant, self.pretrained, **kwargs)
 
     def create(self, model_cls: Entrypoint, pruned: str, **kwargs) -> nn.Module:

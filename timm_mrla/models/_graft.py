@@ -96,7 +96,6 @@ class _Block:
     stock: type[nn.Module]  # timm's class
     recipe: Recipe
     layer: type[nn.Module]
-    prefix: str
     max_dim_head: dict[str, int]  # by form
     classes: dict[type[nn.Module], type['_Block']]  # timm's class -> ours
 
@@ -105,7 +104,7 @@ class _Block:
         """Define a subclass for each class of timm's, in a module of ours, where pickle finds it."""
         for block, recipe in recipes.items():
             doc = f"timm's {block.__name__}, followed by {cls.layer.__name__}."
-            name = cls.prefix + block.__name__
+            name = cls.layer.__name__.removesuffix('Light') + block.__name__
             ours = type(name, (cls, block), {'__module__': module, '__doc__': doc, 'stock': block, 'recipe': recipe})
             setattr(sys.modules[module], name, ours)
             cls.classes[block] = ours
@@ -186,7 +185,7 @@ def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None)
 class LightBlock(_Block):
     """A block with MRLA-light: `x = block(x)`."""
 
-    layer, prefix, max_dim_head, classes = MrlaLight, 'Mrla', {'post': 32, 'pre': 16}, {}
+    layer, max_dim_head, classes = MrlaLight, {'post': 32, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *args, feat_size: Grid = None, **kwargs) -> torch.Tensor:
         if self.recipe.takes_grid:
@@ -198,7 +197,7 @@ class LightBlock(_Block):
 class BaseBlock(_Block):
     """A block with MRLA-base: `x, *memory = block(x, *memory)`; checkpointing cannot see tensors in nested tuples."""
 
-    layer, prefix, max_dim_head, classes = MrlaBase, 'MrlaBase', {'post': 16, 'pre': 16}, {}
+    layer, max_dim_head, classes = MrlaBase, {'post': 16, 'pre': 16}, {}
 
     def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: Grid = None, **kwargs) -> Memory:
         if isinstance(x, tuple):
