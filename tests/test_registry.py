@@ -12,20 +12,27 @@ import timm_mrla
 from timm_mrla.layers import layer_attentions
 
 MODULES = (
-    *(
-        'convnext',
-        'davit',
-        'deit',
-        'edgenext',
-        'efficientnet',
-        'eva',
-        'fastvit',
-        'focalnet',
-        'inception_next',
-        'mambaout',
-    ),
-    *('maxxvit', 'metaformer', 'mobilenetv3', 'pvt_v2', 'regnet', 'resnet', 'resnetv2', 'starnet', 'swin_transformer'),
-    *('swin_transformer_v2', 'vision_transformer'),
+    'convnext',
+    'davit',
+    'deit',
+    'edgenext',
+    'efficientnet',
+    'eva',
+    'fastvit',
+    'focalnet',
+    'inception_next',
+    'mambaout',
+    'maxxvit',
+    'metaformer',
+    'mobilenetv3',
+    'pvt_v2',
+    'regnet',
+    'resnet',
+    'resnetv2',
+    'starnet',
+    'swin_transformer',
+    'swin_transformer_v2',
+    'vision_transformer',
 )
 PAPER = {
     f'deit_{size}_{kind}patch16_224': f'deit_{size}{"_distilled" if kind else ""}_mrla'

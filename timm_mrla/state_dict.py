@@ -1,5 +1,6 @@
 """State dicts: removes prefixes of wrappers, translates the paper's names, and checks that one fits a model."""
 
+import hashlib
 import re
 
 import torch
@@ -7,7 +8,15 @@ from timm.layers import to_ntuple
 from timm.models import PretrainedCfg
 from torch import nn
 
-__all__ = ['WRAPPERS', 'StateDict', 'convert_state_dict', 'fit_state_dict', 'gather_state_dict', 'listed']
+__all__ = [
+    'WRAPPERS',
+    'StateDict',
+    'convert_state_dict',
+    'fingerprint',
+    'fit_state_dict',
+    'gather_state_dict',
+    'listed',
+]
 
 StateDict = dict[str, torch.Tensor]
 
@@ -88,6 +97,16 @@ def fit_state_dict(state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg, 
             hint = "; if these are the plain backbone's weights, add the tag of a warm start to the model's name"
         raise RuntimeError('; '.join(problems) + hint)
     return state_dict
+
+
+def fingerprint(state_dict: StateDict, cfg: PretrainedCfg) -> str:
+    """SHA-256 of the names, shapes, dtypes and values of a backbone's checkpoint, without its classifier."""
+    digest, classifier = hashlib.sha256(), to_ntuple(1)(cfg.classifier)
+    for name, tensor in sorted(convert_state_dict(state_dict).items()):
+        if name.rpartition('.')[0] not in classifier:
+            digest.update(f'{name} {tensor.dtype} {[*tensor.shape]}'.encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def gather_state_dict(model: nn.Module) -> StateDict:

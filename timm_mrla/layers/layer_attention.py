@@ -15,10 +15,10 @@ and retrieves m [B, C, H, W] from the blocks of the stage:
 
 The form sets the place of the norms. Both forms add the result to x:
 
-* `post`, as in the paper's ResNet, for blocks with batch norms: `x + drop_path(norm(m))`. MRLA-base applies a ReLU
-  after the norm.
-* `pre`, as in the paper's DeiT, for blocks with layer norms: x and o are normed first, then `x + drop_path(m)`.
-  MRLA-light applies a GELU to v.
+* `post` (post-norm), as in the paper's ResNet, for blocks with batch norms: `x + drop_path(norm(m))`. MRLA-base applies
+  a ReLU after the norm.
+* `pre` (pre-norm), as in the paper's DeiT, for blocks with layer norms: x and o are normed first, then
+  `x + drop_path(m)`. MRLA-light applies a GELU to v.
 
 The layout of x and o is NCHW, NHWC or NLC: tokens [B, P + H * W, C]. Prefix tokens are not part of the map. In the form
 `pre`, the layer adds norm(prefix) to the prefix, as in the paper's DeiT. In the form `post`, the prefix stays the same.
@@ -65,7 +65,7 @@ class _Mrla(FastPath):
             if value not in values:
                 raise ValueError(f'{name} {value!r} is none of {", ".join(values)}')
         self.form, self.layout = form, layout
-        self.attn = self.weights_layer(dim, dim_head, **dd)
+        self.attn = self.attn_layer(dim, dim_head, **dd)
         self.v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
         self.norm = norm_layer(dim, **dd) if form == 'post' else nn.Identity()
         self.norm_x = norm_layer(dim, **dd) if form == 'pre' else nn.Identity()
@@ -111,7 +111,7 @@ class _Mrla(FastPath):
 class MrlaLight(_Mrla):
     """MRLA-light, linear in the number of blocks: `x = mrla(x, o)`."""
 
-    weights_layer = LightWeights
+    attn_layer = LightWeights
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class MrlaBase(_Mrla):
     [B, C, H, W]. Each block returns it for the next; no module stores it. It is empty at the start of a stage.
     """
 
-    weights_layer = BaseWeights
+    attn_layer = BaseWeights
 
     def __init__(
         self,

@@ -1,18 +1,12 @@
-"""Layer attention as an adapter: freezes the backbone, and tells which weights it has."""
+"""Layer attention as an adapter: freezes the backbone."""
 
 import functools
-import hashlib
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from timm.layers import to_ntuple
 from timm.models import PretrainedCfg
 from torch import nn
 
 from timm_mrla.layers import layer_attentions
-from timm_mrla.state_dict import StateDict, convert_state_dict
-
-Model = TypeVar('Model', bound=nn.Module)
 
 
 class Adapter:
@@ -62,7 +56,7 @@ def backbone_names(model: nn.Module) -> set[str]:
     return {name for name in model.state_dict() if '.mrla.' not in name} - classifier_names(model)
 
 
-def freeze_backbone(model: Model, weights: PretrainedCfg | None, fingerprint: str = '') -> Model:
+def freeze_backbone(model: nn.Module, weights: PretrainedCfg | None, fingerprint: str = '') -> Adapter:
     """Freeze everything but layer attention and the classifier, in place; return the model."""
     names = backbone_names(model)
     for name, parameter in model.named_parameters():
@@ -73,13 +67,3 @@ def freeze_backbone(model: Model, weights: PretrainedCfg | None, fingerprint: st
     if weights is not None:
         model.pretrained_cfg['tag'] = weights.tag
     return model.train(model.training)
-
-
-def fingerprint(state_dict: StateDict, cfg: PretrainedCfg) -> str:
-    """SHA-256 of the names, shapes, dtypes and values of a backbone's checkpoint, without its classifier."""
-    digest, classifier = hashlib.sha256(), to_ntuple(1)(cfg.classifier)
-    for name, tensor in sorted(convert_state_dict(state_dict).items()):
-        if name.rpartition('.')[0] not in classifier:
-            digest.update(f'{name} {tensor.dtype} {[*tensor.shape]}'.encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

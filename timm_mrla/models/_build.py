@@ -4,7 +4,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
 from types import FunctionType
@@ -18,9 +18,9 @@ from torch import nn
 
 from timm_mrla.layers import layer_attentions
 from timm_mrla.models import _weights as weights
-from timm_mrla.models._adapter import backbone_names, fingerprint, freeze_backbone
+from timm_mrla.models._adapter import backbone_names, freeze_backbone
 from timm_mrla.models._graft import BaseBlock, LightBlock, graft
-from timm_mrla.state_dict import StateDict, convert_state_dict, fit_state_dict, listed
+from timm_mrla.state_dict import StateDict, convert_state_dict, fingerprint, fit_state_dict, listed
 from timm_mrla.switches import is_on
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def _resolve(*args: Any) -> PretrainedCfg:
     """
     cfg = resolve_pretrained_cfg(*args)
     if cfg.hf_hub_id and not cfg.hf_hub_filename and (cfg.source or cfg.hf_hub_id.startswith('timm/')):
-        return replace(cfg, hf_hub_filename='model.safetensors', custom_load=False)
+        return weights.changed(cfg, hf_hub_filename='model.safetensors', custom_load=False)
     return cfg
 
 
