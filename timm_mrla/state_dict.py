@@ -27,6 +27,8 @@ WRAPPERS = re.compile(r'^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 _AUTHORS_NAMES = (
     # the stages of their ResNets with MRLA-base; blocks of timm's models have none of these parts at this depth
     (r'^stages\.(\d)(?=\.\d+\.(conv\d|bn\d|bn_mrla|downsample|mrla\.mrla)\.)', lambda m: f'layer{int(m[1]) + 1}'),
+    (r'^i2t\.(backbone\.)?', 'patch_embed.proj.'),
+    (r'\.(leff|feedforward)\.', '.mlp.'),
     (r'\.bn_mrla\.', '.mrla.norm.'),
     (r'\.norm_mrla\.', '.mrla.norm_x.'),
     (r'\.mrla\.norm(x|o)\.', r'.mrla.norm_\1.'),

@@ -3,14 +3,13 @@
 import re
 import sys
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from timm import models
 from timm.models import PretrainedCfg
 from torch import nn
 
-from timm_mrla.models._build import Kind, build
+from timm_mrla.models._build import Entrypoint, Kind, build
 from timm_mrla.models._graft import LightBlock
 from timm_mrla.models._weights import TAG, warm_start_cfg, without_weights
 
@@ -34,15 +33,7 @@ def register_models(module: str) -> None:
             register_model(f'timm_mrla.models.{module}', f'{backbone}_mrla', backbone)
 
 
-def register_model(
-    module: str,
-    name: str,
-    backbone: str,
-    kind: Kind = LightBlock,
-    warm: bool = True,
-    cfg: dict[str, Any] | None = None,
-    **model_args,
-) -> None:
+def register_model(module: str, name: str, backbone: str, kind: Kind = LightBlock) -> None:
     """Register a model of timm with layer attention. For each tag with weights of timm's, it gets a warm start.
 
     Args:
@@ -50,44 +41,34 @@ def register_model(
         name: Name of the model with layer attention.
         backbone: timm's name of the model without it.
         kind: LightBlock or BaseBlock.
-        warm: Whether the model has warm starts.
-        cfg: Values that differ from timm's configuration.
-        **model_args: Arguments that differ from timm's.
     """
     entrypoint = models.model_entrypoint(backbone)
     timms = sys.modules[entrypoint.__module__].default_cfgs[backbone]
     # the first is the default: without weights, because nobody has trained the model yet
-    cfgs = {'': without_weights(timms.default, **(cfg or {}))}
+    cfgs = {'': without_weights(timms.default)}
     for tag, plain in timms.cfgs.items():
-        if warm and tag and plain.has_weights:
+        if tag and plain.has_weights:
             cfgs[f'{TAG}{tag}'] = warm_start_cfg(plain, name, f'{backbone}.{tag}')
-    doc = f"timm's {backbone} with {kind.layer.__name__}."
-    if register_entrypoint(module, name, entrypoint, kind, cfgs, doc, **model_args):
-        BACKBONES[name], MODEL_ARGS[name] = backbone, model_args
+    register_entrypoint(module, name, entrypoint, kind, cfgs)
 
 
 def register_entrypoint(
-    module: str,
-    name: str,
-    entrypoint: Callable[..., nn.Module],
-    kind: Kind | None,
-    cfgs: dict[str, PretrainedCfg],
-    doc: str,
-    **model_args,
-) -> bool:
-    """Register a model that an entrypoint builds, by tag its configurations; tell whether the name is ours.
+    module: str, name: str, entrypoint: Entrypoint, kind: Kind | None, cfgs: dict[str, PretrainedCfg], **model_args
+) -> None:
+    """Register a model that an entrypoint builds with these arguments, and its configurations by tag.
 
-    A name that timm has already stays timm's.
+    A name that is registered stays: timm may take it, or this package may have been imported before.
     """
-    if models.is_model(name):
-        return models.model_entrypoint(name).__module__ == module  # this package may have been imported before
+    if not models.is_model(name):
 
-    def fn(pretrained: bool = False, **kwargs) -> nn.Module:
-        return build(entrypoint, name, kind, pretrained, **{**model_args, **kwargs})
+        def fn(pretrained: bool = False, **kwargs) -> nn.Module:
+            return build(entrypoint, name, kind, pretrained, **{**model_args, **kwargs})
 
-    fn.__name__ = fn.__qualname__ = name
-    fn.__module__, fn.__doc__ = module, doc
-    scope = vars(sys.modules[module])
-    scope.setdefault('default_cfgs', {})[name] = models.DefaultCfg(deque(cfgs), cfgs)
-    scope[name] = models.register_model(fn)
-    return True
+        fn.__name__ = fn.__qualname__ = name
+        fn.__module__ = module
+        fn.__doc__ = f"timm's {entrypoint.__name__} with {kind.layer.__name__}." if kind else entrypoint.__doc__
+        scope = vars(sys.modules[module])
+        scope.setdefault('default_cfgs', {})[name] = models.DefaultCfg(deque(cfgs), cfgs)
+        scope[name] = models.register_model(fn)
+    if kind and models.model_entrypoint(name).__module__ == module:
+        BACKBONES[name], MODEL_ARGS[name] = entrypoint.__name__, model_args

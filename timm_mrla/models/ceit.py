@@ -3,7 +3,6 @@
 Paper: `Incorporating Convolution Designs into Visual Transformers` - https://arxiv.org/abs/2103.11816
 """
 
-import re
 from collections import OrderedDict
 from functools import partial
 
@@ -171,9 +170,7 @@ class Ceit(GridHost, VisionTransformer):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Convert a checkpoint of the authors' code; resample position embeddings as timm does."""
-    for pattern, ours in ((r'^i2t\.(backbone\.)?', 'patch_embed.proj.'), (r'\.(leff|feedforward)\.', '.mlp.')):
-        state_dict = {re.sub(pattern, ours, name): tensor for name, tensor in state_dict.items()}
+    """Resample position embeddings as timm does."""
     if (embed := state_dict.get('pos_embed')) is not None:  # timm infers the grid of a checkpoint from a patch kernel
         stem = model.patch_embed
         grid = get_pretrained_grid_size(model, torch.empty(1, 1, *stem.patch_size, device='meta'), embed.shape[1] - 1)
@@ -182,6 +179,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _ceit(pretrained: bool = False, **kwargs) -> Ceit:
+    """CeiT with MrlaLight."""
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
     return build_model_with_cfg(
         Ceit, 'ceit', pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg, **kwargs
@@ -192,4 +190,4 @@ _cfg = PretrainedCfg(crop_pct=0.9, fixed_input_size=True, first_conv='patch_embe
 
 for size, width in (('tiny', 192), ('small', 384), ('base', 768)):
     args = dict(embed_dim=width, num_heads=width // 64)
-    register_entrypoint(__name__, f'ceit_{size}_mrla', _ceit, None, {'': _cfg}, f'CeiT-{size} with MrlaLight.', **args)
+    register_entrypoint(__name__, f'ceit_{size}_mrla', _ceit, None, {'': _cfg}, **args)

@@ -3,12 +3,13 @@
 from functools import partial
 
 import torch
-from timm.models import BasicBlock, Bottleneck, ResNet
+from timm.models import BasicBlock, Bottleneck, ResNet, get_pretrained_cfg, model_entrypoint
 from torch import nn
 
 from timm_mrla.models._graft import BaseBlock, Host, LightBlock, Recipe
 from timm_mrla.models._loops import SelfWithOverrides, with_memory
-from timm_mrla.models._registry import register_model
+from timm_mrla.models._registry import register_entrypoint
+from timm_mrla.models._weights import without_weights
 
 
 class _ShortcutBlock(LightBlock):
@@ -56,6 +57,7 @@ _base = partial(_recipe, hosts=(MrlaBaseResNet,))
 _ShortcutBlock.define(__name__, {BasicBlock: _recipe('bn2'), Bottleneck: _recipe('bn3')})
 BaseBlock.define(__name__, {BasicBlock: _base('bn2'), Bottleneck: _base('bn3')})
 for name in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'):
-    # no warm start, because the ReLU after the norm passes no gradient where the norm is at zero
-    deep_stem = dict(cfg={'first_conv': 'conv1.0'}, stem_type='deep', stem_width=32)
-    register_model(__name__, f'{name}_mrlab', name, BaseBlock, warm=False, **deep_stem)
+    # no warm starts, because the ReLU after the norm passes no gradient where the norm is at zero
+    cfgs = {'': without_weights(get_pretrained_cfg(name), first_conv='conv1.0')}
+    args = dict(stem_type='deep', stem_width=32)
+    register_entrypoint(__name__, f'{name}_mrlab', model_entrypoint(name), BaseBlock, cfgs, **args)
