@@ -51,16 +51,16 @@ def plain_and_ours(name: str, kwargs: Iterable[str] = ()) -> tuple[Arm, Arm]:
     Args:
         name: The model, and arguments of its own as `MODEL+KEY=VALUE`. Those that begin with `mrla_` are not for the
             plain backbone.
-        kwargs: Arguments `KEY=VALUE` of all arms. They replace those that the model's entry has for its backbone.
+        kwargs: Arguments `KEY=VALUE` of all arms. They replace those that the model has for its backbone.
     """
     model, *own = name.split('+')
     check_model_name(model)
-    entry, _, tag = model.partition('.')
-    if entry not in BACKBONES:
+    name, _, tag = model.partition('.')
+    if name not in BACKBONES:
         raise ValueError(f'{model!r} has no plain backbone in timm that it could be compared with')
     if tag and not is_model_pretrained(model):
-        raise ValueError(f"{entry} has no warm start {tag!r}; timm.list_pretrained('{entry}.*') lists those it has")
-    plain = '.'.join(filter(None, (BACKBONES[entry], tag.removeprefix(TAG))))
+        raise ValueError(f"{name} has no warm start {tag!r}; timm.list_pretrained('{name}.*') lists those it has")
+    plain = '.'.join(filter(None, (BACKBONES[name], tag.removeprefix(TAG))))
     given = {arg.partition('=')[0] for arg in (*kwargs, *own)}
-    stock = [f'{key}={value}' for key, value in MODEL_ARGS.get(entry, {}).items() if key not in given]
-    return Arm(plain, (*stock, *(arg for arg in own if not arg.startswith('mrla_')))), Arm(model, (*own,))
+    plain_args = [f'{key}={value}' for key, value in MODEL_ARGS.get(name, {}).items() if key not in given]
+    return Arm(plain, (*plain_args, *(arg for arg in own if not arg.startswith('mrla_')))), Arm(model, (*own,))

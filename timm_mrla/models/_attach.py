@@ -56,7 +56,7 @@ def attach(
     """Add MRLA-light to every supported block of a model of timm's, in place, as its child `mrla`; return the model.
 
     The backbone keeps its parameters, their names, device, dtype, memory format, mode and `requires_grad`. A model that
-    `timm.create_model` built can be saved and published afterwards, and loads as the entry `<name>_mrla`.
+    `timm.create_model` built can be saved and published afterwards, and loads as `<name>_mrla`.
 
     timm's `freeze_batch_norm_2d` freezes the norms of layer attention too: freeze first, then attach. With stochastic
     depth, layer attention draws random numbers of its own, so the backbone drops other samples than without it. If a

@@ -41,7 +41,11 @@ def _resolve(*args: Any) -> PretrainedCfg:
 
 
 def _sources(
-    name: str, pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None, overlay: dict[str, Any] | None, saved: str
+    name: str,
+    pretrained: bool,
+    pretrained_cfg: PretrainedCfg | dict[str, Any] | str | None,
+    overlay: dict[str, Any] | None,
+    saved: str,
 ) -> tuple[PretrainedCfg, PretrainedCfg | None]:
     """The configurations of a model's weights, and of those that its backbone starts from, if these are timm's.
 
@@ -52,6 +56,8 @@ def _sources(
     if saved and {*(overlay or {})} & {'file', 'url', 'hf_hub_id'}:
         overlay, backbones_overlay = None, overlay
     cfg = _resolve(name, pretrained_cfg, overlay)
+    if not pretrained:
+        return cfg, None
     if not (cfg.has_weights or cfg.state_dict):
         starts = list_pretrained(f'{name}.*')
         known = f'its warm starts are {listed(starts)}' if starts else 'it has no warm start either'
@@ -232,10 +238,7 @@ def build(
     if is_adapter:
         own.setdefault('identity', True)
     add_layers = partial(_add_layers, kind=kind, backbone=entrypoint.__name__, recompute=recompute, **own)
-    if pretrained:
-        cfg, backbone = _sources(name, pretrained_cfg, pretrained_cfg_overlay, saved)
-    else:
-        cfg, backbone = _resolve(name, pretrained_cfg, pretrained_cfg_overlay), None
+    cfg, backbone = _sources(name, pretrained, pretrained_cfg, pretrained_cfg_overlay, saved)
     builder = _Builder(add_layers, pretrained, cfg, backbone, saved, is_adapter)
     tag = cfg.tag or ''
     with _explain_errors(name, weights.weights_source(cfg) if pretrained else '', kwargs):
