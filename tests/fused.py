@@ -3,6 +3,7 @@
 Triton's interpreter must be chosen before Triton is imported, so tests in it run in a separate process.
 """
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -28,6 +29,9 @@ if INTERPRETER:  # two thirds of its time: checks of integer overflow, and patch
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter._patch_lang(standard.sum.fn)  # once, for all functions of Triton's own
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    from watched import watched
+else:
+    watched = contextlib.nullcontext  # nothing sees the addresses that a GPU reads and writes
 ROUNDING = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

@@ -25,6 +25,7 @@ from fused import (
     on_gpu,
     recording,
     run_in_interpreter,
+    watched,
 )
 from memory import saved_bytes
 from timm.layers import BatchNormAct2d, LayerNorm, LayerNorm2d, RmsNorm
@@ -39,12 +40,17 @@ from timm_mrla.ops import light_functions as functions
 from timm_mrla.ops import reason
 
 pytest.importorskip('triton')
-FILES, slow = ['test_fused.py', 'test_fused_base.py'], pytest.mark.slow
+slow = pytest.mark.slow
 
 
 @pytest.mark.skipif(INTERPRETER or DEVICE == 'cuda', reason='this process runs the kernels itself')
 @pytest.mark.parametrize(
-    ('files', 'marked'), [(FILES, 'not slow'), *(pytest.param([file], 'slow', marks=slow) for file in FILES)], ids=str
+    ('files', 'marked'),
+    [
+        (['test_fused.py', 'test_fused_base.py', 'test_watched.py'], 'not slow'),
+        *(pytest.param([f'test_{name}.py'], 'slow', marks=slow) for name in ('fused', 'fused_base')),
+    ],
+    ids=str,
 )
 def test_in_the_interpreter(files, marked):
     assert run_in_interpreter(files, marked) > 20 * len(files)
@@ -57,8 +63,9 @@ def compare(layer, x, o, feat_size=None):
     d, keep = torch.randn_like(x), copy.deepcopy(layer.drop_path)
     inputs = [[t.clone().requires_grad_() for t in (x.to(dtype), o.to(dtype))] for dtype in (x.dtype, torch.float64)]
     torch.manual_seed(1)
-    y = layer(*inputs[0], feat_size)
-    y.backward(d)
+    with watched():
+        y = layer(*inputs[0], feat_size)
+        y.backward(d)
     torch.manual_seed(1)
     scale = keep(torch.ones(len(x), *[1] * (x.ndim - 1), device=DEVICE)).double()
     expected.drop_path = nn.Identity()
@@ -153,7 +160,9 @@ def test_folded(size, dtype):
     folded = copy.deepcopy(layer).fuse().to(dtype)
     with torch.no_grad():
         assert reason(folded, x, o) == ''
-        result, expected = folded(x, o), layer.double().branch(x.double(), o.double(), None) + x.double()
+        with watched():
+            result = folded(x, o)
+        expected = layer.double().branch(x.double(), o.double(), None) + x.double()
     assert result.dtype == dtype and result.stride() == x.stride()
     assert_close('output', expected, result, ROUNDING[dtype])
 
@@ -255,14 +264,28 @@ def test_autocast_gives_the_dtype_of_the_plain_layer(form, x_dtype):
 
 
 @kernels
-@slow
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize('form', ['post', pytest.param('pre', marks=slow)])
+def test_rows_of_several_tiles(form, monkeypatch):
+    """As in large maps. Of three tiles, two are one row, and one is another."""
+    monkeypatch.setattr('timm_mrla.ops.common.PROGRAMS', 4)
     torch.manual_seed(0)
-    layer, inputs = post(32, 2), [maps(2, 32, 5, 5).requires_grad_() for _ in range(2)]
-    runs = []
-    for _ in range(2):
-        y = layer(*inputs)
-        runs.append([y, *torch.autograd.grad(y.square().sum(), [*inputs, *layer.parameters()])])
+    x, o = (maps(2, 24, 5, 3) for _ in range(2)) if form == 'post' else torch.randn(2, 2, 16, 24, device=DEVICE)
+    compare(post(24, 3) if form == 'post' else pre(24, 3), x, o, (5, 3))
+
+
+@kernels
+@slow
+@pytest.mark.parametrize('form', ['post', 'pre'])
+def test_two_runs_give_the_same_bits(form):
+    """In the interpreter, they run the programs of each launch in different orders."""
+    torch.manual_seed(0)
+    layer = post(32, 2) if form == 'post' else pre(32, 2)
+    inputs = [maps(2, 32, 5, 5) for _ in range(2)] if form == 'post' else [*torch.randn(2, 2, 26, 32, device=DEVICE)]
+    inputs, runs = [t.requires_grad_() for t in inputs], []
+    for seed in range(2):
+        with watched(seed):
+            y = layer(*inputs, (5, 5))
+            runs.append([y, *torch.autograd.grad(y.square().sum(), [*inputs, *layer.parameters()])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

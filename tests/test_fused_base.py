@@ -21,6 +21,7 @@ from fused import (
     maps,
     model_and_images,
     recording,
+    watched,
 )
 from memory import saved_bytes
 from timm.layers import LayerNorm, RmsNorm
@@ -59,15 +60,16 @@ def compare(layer, x, memory, feat_size=None):
     ours, theirs = [t.clone().requires_grad_() for t in (x, *memory)], [t.double() for t in (x, *memory)]
     theirs = [t.requires_grad_() for t in theirs]
     torch.manual_seed(1)
-    y, (*_, k, v) = layer(ours[0], tuple(ours[1:]), feat_size)
+    with watched():
+        y, (*_, k, v) = layer(ours[0], tuple(ours[1:]), feat_size)
+        gradients = [torch.randn_like(t) for t in (y, k, v)]
+        torch.autograd.backward([y, k, v], gradients)
     torch.manual_seed(1)
     scale = keep(torch.ones(len(x), *[1] * (x.ndim - 1), device=DEVICE)).double()
     m, *key_value = exact.branch(theirs[0], feat_size, *theirs[1:])
     outputs = [(theirs[0] + scale * m, y), *zip(key_value, (k, v), strict=True)]
     layout = CHANNELS_LAST if layer.layout == 'NCHW' else {}
     assert y.dtype == x.dtype and y.is_contiguous(**layout) and v.is_contiguous(**CHANNELS_LAST)
-    gradients = [torch.randn_like(b) for _, b in outputs]
-    torch.autograd.backward([b for _, b in outputs], gradients)
     torch.autograd.backward([a for a, _ in outputs], [d.double() for d in gradients])
     for name, (a, b) in zip(('output', 'key', 'value'), outputs, strict=True):
         assert_close(name, a, b, ratio)
@@ -152,7 +154,8 @@ def test_folded(size, dtype):
     with torch.no_grad():
         assert reason(folded, x, memory) == ''
         m, *key_value = layer.double().branch(x.double(), None, *(t.double() for t in memory))
-        y, (*_, k, v) = folded(x, memory)
+        with watched():
+            y, (*_, k, v) = folded(x, memory)
     assert y.dtype == dtype and y.stride() == x.stride()
     for name, a, b in zip(('output', 'key', 'value'), (m + x.double(), *key_value), (y, k, v), strict=True):
         assert_close(name, a, b, ROUNDING[dtype])
@@ -263,14 +266,27 @@ def test_autocast_gives_the_dtypes_of_the_plain_layer(form, x_dtype):
 
 
 @kernels
-@slow
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize('form', [pytest.param('post', marks=slow), 'pre'])
+def test_rows_of_several_tiles(form, monkeypatch):
+    """As in large maps. Of three tiles, two are one row, and one is another."""
+    monkeypatch.setattr('timm_mrla.ops.common.PROGRAMS', 4)
     torch.manual_seed(0)
-    layer, inputs = post(32, 2), [t.requires_grad_() for t in (maps(2, 32, 5, 5), *memory_of(2, 2, 32, 2, 5, 5))]
-    runs = []
-    for _ in range(2):
-        y, _ = layer(inputs[0], tuple(inputs[1:]))
-        runs.append([y, *torch.autograd.grad(y.square().sum(), [*inputs, *layer.parameters()])])
+    layer, x = (post(24, 3), maps(2, 24, 5, 3)) if form == 'post' else (pre(24, 3), torch.randn(2, 16, 24).to(DEVICE))
+    compare(layer, x, memory_of(2, 2, 24, 3, 5, 3), (5, 3))
+
+
+@kernels
+@slow
+@pytest.mark.parametrize('form', ['post', 'pre'])
+def test_two_runs_give_the_same_bits(form):
+    """In the interpreter, they run the programs of each launch in different orders."""
+    torch.manual_seed(0)
+    layer, x = (post(32, 2), maps(2, 32, 5, 5)) if form == 'post' else (pre(32, 2), torch.randn(2, 26, 32).to(DEVICE))
+    inputs, runs = [t.requires_grad_() for t in (x, *memory_of(2, 2, 32, 2, 5, 5))], []
+    for seed in range(2):
+        with watched(seed):
+            y, _ = layer(inputs[0], tuple(inputs[1:]), (5, 5))
+            runs.append([y, *torch.autograd.grad(y.square().sum(), [*inputs, *layer.parameters()])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
