@@ -36,10 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_mrla
 from timm_mrla.layers import MrlaLight, layer_attentions
-from timm_mrla.ops import light_functions as functions
 from timm_mrla.ops import reason
 
 pytest.importorskip('triton')
+
+from timm_mrla.ops import light_functions as functions
+
 slow = pytest.mark.slow
 
 
@@ -644,8 +646,9 @@ def launch_pre(dtype, C, heads):
         ((lam, None) * 2, None, True),
         ((lam, lam, None, None), s, False),
     ):
-        _, *saved = light_pre.forward(x, o, (7, 7), qk, w, lam, *norms, scale, heads, 1e-5, rms, torch.float32)
-        light_pre_backward.backward(d, x, o, (7, 7), qk, w, lam, *norms, scale, *saved, rms, torch.bfloat16)
+        dtypes = (torch.float32, torch.bfloat16)
+        _, *saved = light_pre.forward(x, o, [7, 7], qk, w, lam, *norms, scale, heads, 1e-5, rms, *dtypes)
+        light_pre_backward.backward(d, x, o, [7, 7], qk, w, lam, *norms, scale, *saved, rms, torch.bfloat16)
 
 
 WIDTHS = [(24, 8), (40, 8), (64, 2), (96, 6), (384, 24), (768, 48), (2048, 64), (3072, 192)]

@@ -429,7 +429,7 @@ def launch(dtype, C, heads):
         norm = (weight, bias)
         _, k, v, *saved = base.forward(
             *(x, [key] * before, [value] * before, [7, 7], qk, w, *norm, mean, mean, scale, heads, 1e-5, post, rms),
-            (torch.float32, dtype),
+            *(torch.float32, dtype),
         )
         later = (k, v) if before else (None, None)
         memory, train = ([key] * before, [value] * before), post and mean is None

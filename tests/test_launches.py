@@ -10,12 +10,13 @@ from torch import nn
 
 import timm_mrla
 from timm_mrla.layers import MrlaBase, MrlaLight
-from timm_mrla.ops import proof, reason, reasons
 
 pytest.importorskip('triton')
 
 from launches import LAYERS, measure
 from triton.runtime.jit import JITFunction
+
+from timm_mrla.ops import proof, reason, reasons
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import timm_mrla
 from timm_mrla.layers import MrlaLight
-from timm_mrla.ops import proof, reason
 
 pytest.importorskip('triton')
+
+from timm_mrla.ops import proof, reason
+
 slow = pytest.mark.slow
 
 # kind -> arguments of the proof, module of the kernels, and by tensor: launcher, its result, entries of the result
@@ -114,16 +116,16 @@ def break_launchers(monkeypatch, module, broken):
     """Multiply entries of the results of launchers by 1.5."""
     for launcher in {launcher for launcher, _, _ in broken}:
         owner = importlib.import_module(f'timm_mrla.ops.{module}{"_backward" if launcher == "backward" else ""}')
-        stock = getattr(owner, launcher)
+        operator = getattr(owner, launcher)
 
-        def run(*args, stock=stock, launcher=launcher):
+        def run(*args, stock=operator.fn, launcher=launcher):
             results = stock(*args)
             for name, i, entries in broken:
                 if name == launcher:
                     (results[i] if isinstance(results, tuple) else results)[entries] *= 1.5
             return results
 
-        monkeypatch.setattr(owner, launcher, run)
+        monkeypatch.setattr(operator, 'fn', run)
 
 
 def wrong(case):
@@ -185,7 +187,7 @@ def test_a_kernel_that_cannot_run_is_reported_once(monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError('PTXAS error')
 
-    monkeypatch.setattr(light_post, 'forward', fail)
+    monkeypatch.setattr(light_post.forward, 'fn', fail)
     model, x = Model().eval(), maps(2, 4, 2, 3)
     for _ in range(2):
         assert torch.equal(model(x), x + model.mrla.branch(x, x, None))

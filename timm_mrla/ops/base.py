@@ -10,10 +10,11 @@ values and keys.
 import torch
 import triton.language as tl
 
-from timm_mrla.ops.base_memory import address, addresses, block, compute_value, grid_of, load, retrieve
+from timm_mrla.ops.base_memory import address, addresses, aligned, block, compute_value, grid_of, load, retrieve
 from timm_mrla.ops.common import cdiv, head_blocks, image_sums, kernel, load_channels, power_of_2, query_key, split
 from timm_mrla.ops.light_post import BIAS, A, compute_channels
 from timm_mrla.ops.light_pre import norms, whole
+from timm_mrla.ops.operator import operator
 
 # tile sizes: positions, channels, warps
 BLOCK = {'BP': 32, 'BC': 64, 'num_warps': 4}
@@ -161,6 +162,7 @@ def _run_apply(x, table, a, v, m, scale, bias, s, out) -> None:
     _apply[grid_of(B, L, C, **BLOCK)](x, table, a, v, m, scale, bias, s, out, N - L, L, C, T, heads, **BLOCK)
 
 
+@operator('timm_mrla::base')
 def forward(
     x: torch.Tensor,
     keys: list[torch.Tensor],
@@ -177,21 +179,40 @@ def forward(
     eps: float,
     post: bool,
     rms: bool,
-    dtypes: tuple[torch.dtype, torch.dtype],
-) -> tuple[torch.Tensor, ...]:
-    """Return the output, k, v, and for backward y, a, channels (`post`) or stats (`pre`). dtypes: of output and v."""
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MRLA-base, `x + s * relu(batch_norm(m))` if post, else `x + s * m`, `m = sum_t a_t * v_t`.
+
+    Args:
+        x: Maps or tokens [B, P + H * W, C].
+        keys, values: Keys [B, C] in float32 and values [B, C, H, W] in channels_last of earlier blocks.
+        grid: H and W.
+        qk: Weights [2, K] of the convolutions of query and key.
+        w: Weights [9, C] of the convolution of the value.
+        weight, bias: Affine parameters [C] of the norm, which is of m if post, else of x; each may be None.
+        mean, var: Running statistics [C] of the norm of m; None to use the statistics of the batch.
+        s: Scales [B] of stochastic depth, or None.
+        heads, eps, rms: Number of heads; epsilon of the norm; whether the norm of x is an RMS norm.
+        dtype, value_dtype: Dtypes of the output and of the value.
+
+    Returns:
+        The output, the key and the value of this block, and three tensors for backward. If post, the last one is
+        [6, C]; its rows 2 and 4 are the mean and the unbiased variance of the batch.
+    """
+    keys, values = aligned(keys), aligned(values)
     (B, N, C), L = x.shape, grid[0] * grid[1]
-    out = torch.empty_like(x, dtype=dtypes[0])
+    out = torch.empty_like(x, dtype=dtype)
     if not post:
         n, per_row, blocks = whole(x, 2048)
         stats, rows = x.new_empty(B, 2, 2, N, dtype=torch.float32), x.new_empty(B, n, C, dtype=torch.float32)
         norms[(B * n, 1)](x, x, weight, bias, s, stats, rows, out, N - L, N, C, n, per_row, eps, RMS=rms, **blocks)
-        v, _ = compute_value(x, grid, w, dtypes[1], (weight, bias, stats))
+        v, _ = compute_value(x, grid, w, value_dtype, (weight, bias, stats))
         k, y, a, table = _attention(rows, v, keys, values, qk, heads)
         _run_apply(x, table, a, v, None, None, None, s, out)
         return out, k, v, y, a, stats
 
-    v, rows = compute_value(x, grid, w, dtypes[1], sums=True)
+    v, rows = compute_value(x, grid, w, value_dtype, sums=True)
     k, y, a, table = _attention(rows, v, keys, values, qk, heads)
     m, n, per_row = None, 1, 1
     programs = cdiv(C, BLOCK['BC'])
@@ -205,6 +226,7 @@ def forward(
     return out, k, v, y, a, channels
 
 
+@operator('timm_mrla::base_folded')
 def folded(
     x: torch.Tensor,
     keys: list[torch.Tensor],
@@ -215,8 +237,9 @@ def folded(
     scale: torch.Tensor,
     bias: torch.Tensor,
     heads: int,
-) -> tuple[torch.Tensor, ...]:
-    """Return the output of the form `post` for inference, its norm given as scale and bias, and the key and value."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MRLA-base of the form `post` for inference, its norm as scale and bias [C]: output, key and value."""
+    keys, values = aligned(keys), aligned(values)
     out = torch.empty_like(x)
     v, rows = compute_value(x, grid, w, x.dtype, sums=True)
     k, _, a, table = _attention(rows, v, keys, values, qk, heads)

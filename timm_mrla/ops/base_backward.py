@@ -9,6 +9,7 @@ from timm_mrla.ops.base_memory import (
     VALUE,
     address,
     addresses,
+    aligned,
     block,
     compute_value,
     grid_of,
@@ -22,6 +23,7 @@ from timm_mrla.ops.light_post_backward import gradient_maps as post_gradient_map
 from timm_mrla.ops.light_pre import whole
 from timm_mrla.ops.light_pre_backward import gradient_maps as pre_gradient_maps
 from timm_mrla.ops.light_pre_backward import gradient_y
+from timm_mrla.ops.operator import operator
 
 
 @triton.jit
@@ -244,6 +246,7 @@ def _gradient_values(
     tl.store(dv_ptr + (b * (P + L) + P) * C + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
+@operator('timm_mrla::base_backward')
 def backward(
     d: torch.Tensor,
     dk: torch.Tensor | None,
@@ -263,16 +266,18 @@ def backward(
     post: bool,
     train: bool,
     rms: bool,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
+    value_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, earlier keys [T - 1, B, C] and values [T - 1, B, H, W, C], qk, w [C, 9] and the norm [C, 2].
 
-    dk and later are the gradients of this block's key and value from later blocks. The value is computed again, in
-    dtype, because a saved value would cost a map in the last block of a stage. train: the norm used batch statistics.
+    dk and later are the gradients of this block's key and value from later blocks. The value is computed again, because
+    a saved value would cost a map in the last block of a stage. train: the norm used batch statistics.
     """
+    keys, values = aligned(keys), aligned(values)
+    d, later = d.contiguous(), None if later is None else later.contiguous(memory_format=torch.channels_last)
     (B, N, C), (H, W), (_, heads, T) = x.shape, grid, a.shape
     L, P, channels = H * W, N - H * W, statistics if post else None
-    v, _ = compute_value(x, grid, w, dtype, (None, None, None) if post else (weight, bias, statistics))
+    v, _ = compute_value(x, grid, w, value_dtype, (None, None, None) if post else (weight, bias, statistics))
     table = addresses([*keys, y], [*values, v])  # y is a placeholder: nothing reads this block's key
     R, entries = B * cdiv(L, SUMS['BP']), 3 if train else 1
     m, back, linear = (torch.empty_like(v), *x.new_empty(2 * R + 2, C, dtype=torch.float32).split([2 * R, 2]))

@@ -63,6 +63,11 @@ def retrieve(table_ptr, a_ptr, like, b, at, mask, ch, L, C, T, heads):
     return m
 
 
+def aligned(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy tensors that are not aligned to 16 bytes, because the kernels assume this alignment of keys and values."""
+    return [t.clone() if t.data_ptr() % 16 else t for t in tensors]
+
+
 def addresses(keys: list[torch.Tensor], values: list[torch.Tensor]) -> torch.Tensor:
     """The table [2, T] of the addresses of values and keys."""
     T = len(values)

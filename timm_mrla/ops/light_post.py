@@ -23,6 +23,7 @@ from timm_mrla.ops.common import (
     stencil,
     store_map,
 )
+from timm_mrla.ops.operator import operator
 
 # tile sizes: rows, columns, channels, warps; the fastest that we tried on an H100 in bfloat16, at 56 x 56 to 7 x 7
 SUMS = {'TH': 2, 'TW': 4, 'BC': 64, 'num_warps': 4}
@@ -271,6 +272,7 @@ def _run_apply(x, o, w, g, a, lam, bias, s) -> torch.Tensor:
     return out
 
 
+@operator('timm_mrla::light_post')
 def forward(
     x: torch.Tensor,
     o: torch.Tensor,
@@ -284,10 +286,21 @@ def forward(
     s: torch.Tensor | None,
     heads: int,
     eps: float,
-) -> tuple[torch.Tensor, ...]:
-    """Return the output, and for backward and the running statistics: rows, channels, y and g.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MRLA-light of the form `post`, `x + s * batch_norm(g * v + lam * o)`.
 
-    mean and var are the running statistics, or None to use the statistics of the batch.
+    Args:
+        x, o: Maps [B, C, H, W] in channels_last.
+        qk: Weights [2, K] of the convolutions of query and key.
+        w: Weights [9, C] of the convolution of the value.
+        lam, gamma, beta: Vectors [C]; gamma and beta are the affine parameters of the norm, or None.
+        mean, var: Running statistics [C]; None to use the statistics of the batch.
+        s: Scales [B] of stochastic depth, or None.
+        heads, eps: Number of heads; epsilon of the norm.
+
+    Returns:
+        The output, and four tensors for backward. The second of them is [6, C]; its rows 2 and 4 are the mean and the
+        unbiased variance of the batch.
     """
     B, C, H, W = x.shape
     n, tiles = split_rows(x, **SUMS)
@@ -298,6 +311,7 @@ def forward(
     return _run_apply(x, o, w, g, channels[A.value], channels[LAM.value], channels[BIAS.value], s), rows, channels, y, g
 
 
+@operator('timm_mrla::light_folded')
 def folded(
     x: torch.Tensor,
     o: torch.Tensor,
@@ -307,7 +321,7 @@ def folded(
     bias: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
-    """Return the output for inference, the norm folded into w, lam and bias."""
+    """MRLA-light of the form `post` for inference, its norm folded into w [9, C], lam and bias [C]."""
     B, C, H, W = x.shape
     BP, BC = 16, 64
     n, tiles = split(cdiv(H * W, BP), B * cdiv(C, BC))

@@ -36,6 +36,7 @@ from timm_mrla.ops.light_post import (
     load_gates,
     split_rows,
 )
+from timm_mrla.ops.operator import operator
 
 
 @kernel
@@ -240,6 +241,7 @@ def gradient_maps(
     store_taps(taps_ptr + row.to(tl.int64) * 9 * C, taps, g, ch, C)
 
 
+@operator('timm_mrla::light_post_backward')
 def backward(
     d: torch.Tensor,
     x: torch.Tensor,
@@ -253,11 +255,12 @@ def backward(
     y: torch.Tensor,
     g: torch.Tensor,
     train: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of x, o, qk, w [C, 9], and of gamma, beta and lam in one tensor [3, C].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, o, qk and w [C, 9], and of gamma, beta and lam in one tensor [3, C].
 
     train: the norm used the statistics of the batch.
     """
+    d = d.contiguous(memory_format=torch.channels_last)
     B, C, H, W = x.shape
     n, heads = rows.shape[1], g.shape[1]
     _, tiles = split_rows(x, **SUMS)

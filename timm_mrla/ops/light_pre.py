@@ -24,6 +24,7 @@ from timm_mrla.ops.common import (
     split,
     store_map,
 )
+from timm_mrla.ops.operator import operator
 
 # tile sizes: rows, columns, channels, warps; the fastest that we tried on an H200, at 56 x 56 to 7 x 7
 APPLY = {'TH': 2, 'TW': 4, 'BC': 32, 'num_warps': 2}
@@ -176,10 +177,11 @@ def whole(x: torch.Tensor, elements: int, programs: int = 1) -> tuple[int, int, 
     return rows, blocks * BP, {'BP': BP, 'BC': BC, 'num_warps': max(4, BP * BC // 256)}
 
 
+@operator('timm_mrla::light_pre')
 def forward(
     x: torch.Tensor,
     o: torch.Tensor,
-    grid: tuple[int, int],
+    grid: list[int],
     qk: torch.Tensor,
     w: torch.Tensor,
     lam: torch.Tensor,
@@ -192,8 +194,21 @@ def forward(
     eps: float,
     rms: bool,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
-    """Return the output in dtype, and for backward stats, y [B, C] (the sums of the normed map), and g."""
+    gradient_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MRLA-light of the form `pre`, `x + s * (g * gelu(v) + lam * p)`, where y and p are x and o after their norms.
+
+    Args:
+        x, o: Tokens [B, P + H * W, C].
+        grid: H and W.
+        qk, w, lam, s, heads: As in `light_post`.
+        nw, nb, ow, ob: Weights and biases [C] of the norms of x and o; None for a missing bias or a missing norm of o.
+        eps, rms: Epsilon of the norms; whether they are RMS norms rather than layer norms.
+        dtype, gradient_dtype: Dtypes of the output and of the intermediate maps in backward.
+
+    Returns:
+        The output, and three tensors for backward.
+    """
     (B, N, C), (H, W) = x.shape, grid
     n, per_row, blocks = whole(x, 2048, 2)
     out = torch.empty_like(x, dtype=dtype)

@@ -21,6 +21,7 @@ from timm_mrla.ops.common import (
     transposed_stencil,
 )
 from timm_mrla.ops.light_pre import GRADIENT, gelu, load_normed, load_vector, normed_stencil, whole
+from timm_mrla.ops.operator import operator
 
 
 @kernel
@@ -233,11 +234,12 @@ def _gradient_vectors(rows_ptr, lam_ptr, ow_ptr, ob_ptr, out_ptr, R, C, BR: tl.c
     tl.store(out_ptr + 4 * C + ch, dlam, mask=mask)
 
 
+@operator('timm_mrla::light_pre_backward')
 def backward(
     d: torch.Tensor,
     x: torch.Tensor,
     o: torch.Tensor,
-    grid: tuple[int, int],
+    grid: list[int],
     qk: torch.Tensor,
     w: torch.Tensor,
     lam: torch.Tensor,
@@ -251,11 +253,12 @@ def backward(
     g: torch.Tensor,
     rms: bool,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, o, qk and w [C, 9], and of nw, nb, ow, ob and lam in one tensor [5, C].
 
     u and dy have the given dtype.
     """
+    d = d.contiguous()
     (B, N, C), (H, W), heads = x.shape, grid, g.shape[1]
     P = N - H * W
     programs = cdiv(C, GRADIENT['BC'])

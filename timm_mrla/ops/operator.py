@@ -1,5 +1,6 @@
 """Registers kernels as PyTorch custom ops for torch.compile; eager mode calls them without the detours of an op."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,13 +29,19 @@ class Operator:
     """
 
     def __init__(self, name: str, fn: Callable) -> None:
-        self.fn, self.op, self.function = fn, custom_op(name, fn, mutates_args=()), None
+        @functools.wraps(fn)
+        def launch(x: Tensor, *args):
+            with torch.cuda.device_of(x):
+                return self.fn(x, *args)
+
+        self.fn, self.launch, self.function = fn, launch, None
+        self.op = custom_op(name, launch, mutates_args=())
         self.register_fake = self.op.register_fake
 
     def register_autograd(self, differentiate: Callable, save: Callable = lambda ctx, inputs, output: None) -> None:
         """Register the gradient `differentiate(ctx, *grads)` and `save(ctx, inputs, output)`, as for a custom op."""
         self.op.register_autograd(differentiate, setup_context=save)
-        fn = self.fn
+        launch = self.launch
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -42,7 +49,7 @@ class Operator:
                 args = [*flat]  # autograd sees no tensors in lists
                 for i, length in lists:
                     args[i : i + length] = [args[i : i + length]]
-                output = fn(*args)
+                output = launch(*args)
                 save(ctx, args, output)
                 return output
 
@@ -57,13 +64,13 @@ class Operator:
         if torch.compiler.is_compiling() or in_dispatch_mode():
             return self.op(*args)
         if self.function is None or not torch.is_grad_enabled():
-            return self.fn(*args)
+            return self.launch(*args)
         flat, lists = _flatten(args)
         return self.function.apply(lists, *flat)
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:
-    """Decorate a function that launches kernels."""
+    """Decorate a function that launches kernels, on the device of its first argument."""
     return lambda fn: Operator(name, fn)
 
 
