@@ -101,6 +101,19 @@ def test_a_hook_between_two_calls_sees_the_second():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize('kind', [MrlaLight, MrlaBase])
+def test_a_layer_that_the_kernels_refuse_is_examined_once_in_a_call(kind, monkeypatch):
+    """Before its norm is folded in that call."""
+    layer, x, examined, children = kind(4, 2, nn.BatchNorm2d).eval(), torch.randn(2, 4, 2, 3), [], reasons._children
+    monkeypatch.setattr(reasons, '_children', lambda layer: examined.append(layer) or children(layer))
+    other = x if kind is MrlaLight else ()
+    assert 'not contiguous in channels_last' in reason(layer, x, other)
+    examined.clear()
+    with torch.no_grad():
+        layer(x, other)
+    assert examined == [layer]
+
+
 @pytest.mark.parametrize('name', LAYERS)
 def test_the_benchmark_runs_without_a_gpu(name):
     row = measure(name, rounds=1)

@@ -23,7 +23,7 @@ slow = pytest.mark.slow
 # kind -> arguments of the proof, module of the kernels, and by tensor: launcher, its result, entries of the result
 KINDS = {
     'light post': (
-        (True, 'post', False, True, True),
+        (True, 'post', False, True, True, True),
         'light_post',
         {
             'output': ('forward', 0, ...),
@@ -39,7 +39,7 @@ KINDS = {
         },
     ),
     'light pre': (
-        (True, 'pre', False, False, True),
+        (True, 'pre', False, True, False, True),
         'light_pre',
         {
             'output': ('forward', 0, ...),
@@ -55,7 +55,7 @@ KINDS = {
         },
     ),
     'base post': (
-        (False, 'post', False, True, True),
+        (False, 'post', False, True, True, True),
         'base',
         {
             'output': ('forward', 0, ...),
@@ -75,7 +75,7 @@ KINDS = {
         },
     ),
     'base pre': (
-        (False, 'pre', False, False, True),
+        (False, 'pre', False, True, False, True),
         'base',
         {
             'output': ('forward', 0, ...),
@@ -85,9 +85,40 @@ KINDS = {
             'gradient of norm_x.bias': ('backward', 5, (..., 1)),
         },
     ),
-    'folded light': ((True, 'folded', False, False, False), 'light_post', {'output': ('folded', 0, ...)}),
+    'light post, norm without parameters': (
+        (True, 'post', False, False, True, True),
+        'light_post',
+        {
+            'output': ('forward', 0, ...),
+            'norm.running_var': ('forward', 2, 4),
+            'gradient of x': ('backward', 0, ...),
+            'gradient of lam': ('backward', 4, 2),
+        },
+    ),
+    'light pre, norms without bias': (
+        (True, 'pre', False, False, False, True),
+        'light_pre',
+        {
+            'output': ('forward', 0, ...),
+            'gradient of o': ('backward', 1, ...),
+            'gradient of norm_x.weight': ('backward', 4, 0),
+            'gradient of norm_o.weight': ('backward', 4, 2),
+        },
+    ),
+    'base post, norm without parameters': (
+        (False, 'post', False, False, True, True),
+        'base',
+        {
+            'output': ('forward', 0, ...),
+            'norm.running_var': ('forward', 5, 4),
+            'gradient of x': ('backward', 0, ...),
+            'gradient of value of block 2': ('backward', 2, 1),
+            'gradient of v.weight': ('backward', 4, ...),
+        },
+    ),
+    'folded light': ((True, 'folded', False, False, False, False), 'light_post', {'output': ('folded', 0, ...)}),
     'folded base': (
-        (False, 'folded', False, False, False),
+        (False, 'folded', False, False, False, False),
         'base',
         {'output': ('folded', 0, ...), 'key': ('folded', 1, ...), 'value': ('folded', 2, ...)},
     ),
@@ -206,8 +237,10 @@ def test_first_use_under_checkpointing_autocast_and_inference_mode():
 
 
 @pytest.mark.parametrize('light', [True, False])
-@pytest.mark.parametrize('form', ['post', 'pre', 'folded'])
-def test_rounding_is_no_error(form, light, monkeypatch):
+@pytest.mark.parametrize(
+    ('form', 'bias'), [('post', True), ('post', False), ('pre', True), ('pre', False), ('folded', False)]
+)
+def test_rounding_is_no_error(form, bias, light, monkeypatch):
     """The plain layer itself passes in each dtype; it rounds more than the kernels do."""
 
     def run(layer, *args):
@@ -219,5 +252,5 @@ def test_rounding_is_no_error(form, light, monkeypatch):
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     dtypes = ((f32, f32, None), (bf16, bf16, None), (f16, f16, None), (bf16, f32, bf16), (f32, f32, bf16))
     for dtype, (dim, heads) in itertools.product(dtypes, ((24, 8), (1024, 32))):
-        case = (light, form, False, form == 'post', False, torch.device('cpu'), *dtype, dim, heads)
+        case = (light, form, False, bias, form == 'post', False, torch.device('cpu'), *dtype, dim, heads)
         assert proof.check(*case) == ''

@@ -6,7 +6,7 @@ from torch import nn
 from timm_mrla.layers import Grid, Memory, MrlaLight
 from timm_mrla.layers.fast_path import FastPath
 from timm_mrla.layers.inference import infer_base, infer_light
-from timm_mrla.ops.reasons import folds, reason, set_fused
+from timm_mrla.ops.reasons import path, reason, set_fused
 
 __all__ = ['fused', 'reason', 'set_fused']
 
@@ -18,11 +18,12 @@ def fused(
 
     other: the shortcut of MRLA-light, or the memory of MRLA-base.
     """
-    if not reason(layer, x, other, feat_size):
+    how = path(layer, x, other)
+    if how == 'kernels':
         from timm_mrla.ops.dispatch import run  # defines custom ops, which takes time that only users of a GPU need
 
         return run(layer, x, other, feat_size)
-    if not folds(layer, x, other):
+    if how == 'plain':
         return None
     return (infer_light if isinstance(layer, MrlaLight) else infer_base)(layer, x, other, feat_size)
 

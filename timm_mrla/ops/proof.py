@@ -10,7 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from timm.layers import DropPath, LayerNorm, RmsNorm
+from timm.layers import DropPath, RmsNorm
 from torch import nn
 
 from timm_mrla.layers import MrlaBase, MrlaLight
@@ -36,10 +36,15 @@ class _Scales(DropPath):
         return x * x.new_tensor([0.5, 2.0]).view(-1, *[1] * (x.ndim - 1))
 
 
-def _draw_layer(light: bool, form: str, rms: bool, train: bool, drops: bool, dim: int, heads: int) -> nn.Module:
+def _draw_layer(
+    light: bool, form: str, rms: bool, bias: bool, train: bool, drops: bool, dim: int, heads: int
+) -> nn.Module:
     """A layer with random weights and statistics."""
     is_pre = form == 'pre'
-    norm, place = ((RmsNorm if rms else LayerNorm), ('pre', 'NLC')) if is_pre else (nn.BatchNorm2d, ('post', 'NCHW'))
+    if is_pre:
+        norm, place = RmsNorm if rms else functools.partial(nn.LayerNorm, bias=bias), ('pre', 'NLC')
+    else:
+        norm, place = functools.partial(nn.BatchNorm2d, affine=bias), ('post', 'NCHW')
     layer = (MrlaLight if light else MrlaBase)(dim, dim // heads, norm, *place).train(train)
     layer.drop_path = _Scales() if drops else nn.Identity()
     for parameter in layer.parameters():
@@ -49,8 +54,9 @@ def _draw_layer(light: bool, form: str, rms: bool, train: bool, drops: bool, dim
         layer.norm.momentum = 1.0  # the running statistics become those of the batch
         layer.norm.running_mean.normal_(std=0.1)
         layer.norm.running_var.uniform_(0.5, 2.0)
-        layer.norm.weight.uniform_(0.5, 1.5)
-        if not light:  # the ReLU is on in half of the channels: near zero, rounding would change its gradient
+        if bias:
+            layer.norm.weight.uniform_(0.5, 1.5)
+        if not light and bias:  # the ReLU is on in half of the channels: near zero, rounding would change its gradient
             layer.norm.bias.fill_(10.0)[::2] *= -1
     return layer.eval().fuse() if form == 'folded' else layer
 
@@ -77,6 +83,7 @@ def errors(
     light: bool,
     form: str,
     rms: bool,
+    bias: bool,
     train: bool,
     drops: bool,
     device: torch.device,
@@ -90,19 +97,24 @@ def errors(
 
     Args:
         light, form: Kind of the layer; the form 'folded' is for inference.
-        rms, train, drops: Whether its norm is an RMS norm, it uses the statistics of the batch, it drops paths.
+        rms, bias: Whether its norm is an RMS norm, and has a bias; a batch norm without bias has no weight either.
+        train, drops: Whether it uses the statistics of the batch, and drops paths.
         device, dtype, weight_dtype: Of the maps and the weights.
         autocast: Dtype of autocast, None if it is off.
         dim, heads: Numbers of channels and heads.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
-        layer = _draw_layer(light, form, rms, train, drops, dim, heads).to(weight_dtype)
+        layer = _draw_layer(light, form, rms, bias, train, drops, dim, heads).to(weight_dtype)
         shape = (2, 1 + SIZE[0] * SIZE[1], dim) if form == 'pre' else (2, dim, *SIZE)
         inputs = [torch.randn(shape).to(dtype) for _ in range(2 if light else 1)]
         if not light:
             pairs = ((torch.randn(2, heads, dim // heads), torch.randn(2, dim, *SIZE)) for _ in range(2))
             inputs += [t for key, value in pairs for t in (key, value.to(autocast or dtype))]
+        if form == 'post' and not (light or bias):  # maps of mean zero, but far from it, again for the ReLU
+            signs = (1 - 2 * (torch.arange(2 * SIZE[0] * SIZE[1]) % 2)).view(2, 1, *SIZE)
+            inputs = [signs * (1 + t / 10) if t.ndim == 4 else t for t in inputs]
+            layer.v.weight.mul_(0.1)[:, :, 1, 1] += 1
         plain = copy.deepcopy(layer).double()
         plain.fast_path = None
         expected = _evaluate(plain, plain, [t.double() for t in inputs], light, seed=1)
@@ -127,7 +139,7 @@ def check(*case) -> str:
     Raises:
         Captured: A CUDA graph is captured, to which the proof would belong.
     """
-    if case[5].type == 'cuda' and torch.cuda.is_current_stream_capturing():
+    if case[6].type == 'cuda' and torch.cuda.is_current_stream_capturing():
         raise Captured('a CUDA graph is captured before the layer ran once')
     try:
         # in another thread, where no autocast, no mode and no hook on saved tensors of the caller is active
@@ -138,7 +150,7 @@ def check(*case) -> str:
     except Exception as e:  # any error of Triton, its compiler or the driver
         why = f'Triton cannot run the kernels here: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
     else:
-        allowed = max(ALLOWED[dtype] for dtype in (*case[6:8], case[8] or torch.float32))
+        allowed = max(ALLOWED[dtype] for dtype in (*case[7:9], case[9] or torch.float32))
         wrong = [f'{name} by {error:.2g}' for name, error in found.items() if not error <= allowed]  # NaN is wrong
         if not wrong:
             return ''

@@ -225,6 +225,17 @@ def _activations(layer: nn.Module) -> str:
     return '' if (exact if layer.form == 'pre' else type(layer.act_v) is nn.Identity) else f'act_v is {layer.act_v}'
 
 
+def _folds(layer: nn.Module, other: torch.Tensor | Memory) -> bool:
+    """Whether a layer is evaluated without gradients, and its norm can be folded into vectors of channels."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
+        return False
+    if type(layer) not in _TRAINED or layer.form != 'post' or layer.norm.training or layer.drop_path.training:
+        return False
+    tensors = other if isinstance(other, tuple) else (other,)
+    has_statistics = _is_batch_norm(layer.norm) and layer.norm.running_mean is not None
+    return has_statistics and all(type(t) is torch.Tensor for t in tensors)
+
+
 def _folded(layer: nn.Module, *maps: torch.Tensor) -> str:
     """Why the kernels cannot compute a folded layer; empty if they can."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *layer.parameters())):
@@ -236,26 +247,31 @@ def _folded(layer: nn.Module, *maps: torch.Tensor) -> str:
     return '' if layer.bias_v is None else 'the norm of its value is folded too'
 
 
-def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (), feat_size: Grid = None) -> str:
-    """Say in one sentence why a layer does not run in the kernels; empty if it does.
-
-    other is the shortcut of MRLA-light, or the memory of MRLA-base.
-    """
+def _class(layer: nn.Module, x: torch.Tensor) -> str:
+    """Why a layer or its maps are of a class that only the plain layer can handle; empty if they are not."""
     if type(x) is not torch.Tensor:
         return f'its maps are of class {type(x).__name__}'
     if type(layer) not in (*LIGHT, MrlaBase, InferenceBase):
         return f'there are no kernels for {type(layer).__name__}'
-    if why := _device(x) or _tracer():
+    return ''
+
+
+def _calls(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
+    """Why a layer must call its submodules one by one; empty if nothing relies on these calls."""
+    if why := _tracer():
         return why
-    is_light = isinstance(layer, LIGHT)
     if isinstance(layer, _TRAINED):
-        form, weight, why = layer.form, layer.v.weight, _parts(layer, x) or _activations(layer)
+        why = _parts(layer, x) or _activations(layer)
     else:
-        weight = layer.weight if is_light else layer.v.weight
-        form, why = 'folded', _folded(layer, x, *([other] if is_light else other))
-    why = why or _children(layer) or _tensors(x, weight)
-    why = why or (_shortcut if is_light else _memory)(layer, x, other)
-    if why:
+        why = _folded(layer, x, *([other] if isinstance(layer, LIGHT) else other))
+    return why or _children(layer)
+
+
+def _kernels(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
+    """Why the kernels cannot compute a layer on x that need not call its submodules; empty if they can."""
+    is_light, form = isinstance(layer, LIGHT), getattr(layer, 'form', 'folded')
+    weight = (layer if isinstance(layer, InferenceLight) else layer.v).weight
+    if why := _tensors(x, weight) or (_shortcut if is_light else _memory)(layer, x, other):
         return why
     autocast = value_dtype(x) if torch.is_autocast_enabled(x.device.type) else None
     norm = getattr(layer, 'norm_x' if form == 'pre' else 'norm', None)  # a folded layer has none
@@ -263,10 +279,31 @@ def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (),
         is_light,
         form,
         is_rms_norm(norm),
+        getattr(norm, 'bias', None) is not None,
         form == 'post' and uses_batch(norm),
         form != 'folded' and drops_paths(layer),
     )
     return _proof(*kind, x.device, x.dtype, weight.dtype, autocast, len(weight), layer.attn.num_heads)
+
+
+def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (), feat_size: Grid = None) -> str:
+    """Say in one sentence why a layer does not run in the kernels; empty if it does.
+
+    other is the shortcut of MRLA-light, or the memory of MRLA-base.
+    """
+    return _class(layer, x) or _device(x) or _calls(layer, x, other) or _kernels(layer, x, other)
+
+
+def path(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
+    """How a layer runs: in the 'kernels'; 'folded', its norm folded in this call; or 'plain'."""
+    if _class(layer, x):
+        return 'plain'
+    no_kernels = _device(x)
+    if (no_kernels and not _folds(layer, other)) or _calls(layer, x, other):
+        return 'plain'
+    if not (no_kernels or _kernels(layer, x, other)):
+        return 'kernels'
+    return 'folded' if _folds(layer, other) else 'plain'
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls this function instead of tracing it
@@ -280,18 +317,3 @@ def _proof(*case) -> str:
         return proof.check(*case)
     except proof.Captured as e:
         return str(e)
-
-
-def folds(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
-    """Whether the layer is evaluated without gradients, and its norm can be folded into vectors of channels."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
-        return False
-    if type(layer) not in _TRAINED or layer.form != 'post' or layer.norm.training or layer.drop_path.training:
-        return False
-    tensors = (x, *(other if isinstance(other, tuple) else (other,)))
-    return (
-        _is_batch_norm(layer.norm)
-        and layer.norm.running_mean is not None
-        and all(type(t) in (torch.Tensor, nn.Parameter) for t in tensors)
-        and not (_parts(layer, x) or _activations(layer) or _tracer() or _children(layer))
-    )
