@@ -17,7 +17,16 @@ from timm_mrla.ops.base_memory import (
     load_weight,
     retrieve,
 )
-from timm_mrla.ops.common import cdiv, head_blocks, kernel, load_channels, query_key, query_key_backward, split, total
+from timm_mrla.ops.common import (
+    cdiv,
+    head_blocks,
+    kernel,
+    load_channels,
+    query_key,
+    query_key_backward,
+    row_grid,
+    total,
+)
 from timm_mrla.ops.light_post import BIAS, MEAN, RSTD, STATISTICS, A
 from timm_mrla.ops.light_post_backward import gradient_maps as post_gradient_maps
 from timm_mrla.ops.light_pre import whole
@@ -308,8 +317,8 @@ def backward(
         d, a, m, channels, linear, s, later, dvalues, dv, B, P, L, C, T, heads, **BLOCK
     )
     dx = torch.empty_like(x)
-    n, tiles = split(cdiv(H, VALUE['TH']) * cdiv(W, VALUE['TW']), B * cdiv(C, VALUE['BC']))
-    taps, programs = x.new_empty(B * n, 9, C, dtype=torch.float32), (B * n, cdiv(C, VALUE['BC']))
+    programs, n, tiles = row_grid((B, C, H, W), **VALUE)
+    taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
     if post:
         post_gradient_maps[programs](x, d, dv, w, None, e, None, dx, None, taps, H, W, C, n, tiles, heads, **VALUE)
     else:

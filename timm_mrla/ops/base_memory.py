@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from timm_mrla.ops.common import cdiv, kernel, load_channels, load_map, positions, split, stencil, store_map
+from timm_mrla.ops.common import cdiv, kernel, load_channels, load_map, positions, row_grid, stencil, store_map
 from timm_mrla.ops.light_pre import load_vector, normed_stencil
 
 # tile sizes: rows, columns, channels, warps; the same as for MRLA-light
@@ -141,8 +141,8 @@ def compute_value(
     normed: weight, bias and statistics of the norm of x in the form `pre`.
     """
     (B, N, C), (H, W) = x.shape, grid
-    n, tiles = split(cdiv(H, VALUE['TH']) * cdiv(W, VALUE['TW']), B * cdiv(C, VALUE['BC']))
+    programs, n, tiles = row_grid((B, C, H, W), **VALUE)
     v = torch.empty(B, C, H, W, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     rows = x.new_empty(B, n, C, dtype=torch.float32) if sums else None
-    _value[(B * n, cdiv(C, VALUE['BC']))](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
+    _value[programs](x, w, *normed, v, rows, H, W, N - H * W, C, n, tiles, **VALUE)
     return v, rows

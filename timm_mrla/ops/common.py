@@ -280,6 +280,20 @@ def split(tiles: int, programs: int) -> tuple[int, int]:
     return cdiv(tiles, per_row), per_row
 
 
+def row_grid(shape: tuple[int, ...], TH: int, TW: int, BC: int, **_) -> tuple[tuple[int, int], int, int]:
+    """For a kernel that sums rows of maps [B, C, H, W]: launch grid, number of rows of an image, and tiles of a row."""
+    B, C, H, W = shape
+    programs = cdiv(C, BC)
+    n, tiles = split(cdiv(H, TH) * cdiv(W, TW), B * programs)
+    return (B * n, programs), n, tiles
+
+
+def tile_grid(shape: tuple[int, ...], TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
+    """The launch grid of a kernel in which a program writes one tile of maps [B, C, H, W]."""
+    B, C, H, W = shape
+    return B * cdiv(H, TH) * cdiv(W, TW), cdiv(C, BC)
+
+
 def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     """y [B, C] and the gates [B, heads] from sums [B, rows, C] over the rows of maps of `positions` positions."""
     B, rows, C = sums.shape[0], sums.shape[1], sums.shape[-1]

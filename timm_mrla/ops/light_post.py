@@ -19,9 +19,11 @@ from timm_mrla.ops.common import (
     load_gate,
     load_map,
     positions,
+    row_grid,
     split,
     stencil,
     store_map,
+    tile_grid,
 )
 from timm_mrla.ops.operator import operator
 
@@ -248,27 +250,15 @@ def compute_channels(
     return channels
 
 
-def split_rows(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
-    """Number of rows of each image, and of tiles of a row."""
-    B, C, H, W = x.shape
-    return split(cdiv(H, TH) * cdiv(W, TW), B * cdiv(C, BC))
-
-
 def rows_of(x: torch.Tensor) -> int:
     """Number of rows of each image in the tensor `rows` that `forward` returns."""
-    return split_rows(x, **SUMS)[0]
-
-
-def grid(x: torch.Tensor, TH: int, TW: int, BC: int, **_) -> tuple[int, int]:
-    """The launch grid of a kernel in which a program writes one tile."""
-    B, C, H, W = x.shape
-    return B * cdiv(H, TH) * cdiv(W, TW), cdiv(C, BC)
+    return row_grid(x.shape, **SUMS)[1]
 
 
 def _run_apply(x, o, w, g, a, lam, bias, s) -> torch.Tensor:
     _, C, H, W = x.shape
     out = torch.empty_like(x)
-    _apply[grid(x, **APPLY)](x, o, w, g, a, lam, bias, s, out, H, W, C, g.shape[1], **APPLY)
+    _apply[tile_grid(x.shape, **APPLY)](x, o, w, g, a, lam, bias, s, out, H, W, C, g.shape[1], **APPLY)
     return out
 
 
@@ -303,9 +293,9 @@ def forward(
         unbiased variance of the batch.
     """
     B, C, H, W = x.shape
-    n, tiles = split_rows(x, **SUMS)
+    grid, n, tiles = row_grid(x.shape, **SUMS)
     rows = x.new_empty(B, n, 7, C, dtype=torch.float32)
-    _sums[(B * n, cdiv(C, SUMS['BC']))](x, o, w, rows, H, W, C, n, tiles, **SUMS)
+    _sums[grid](x, o, w, rows, H, W, C, n, tiles, **SUMS)
     y, g = compute_gate(rows[:, :, SUM_X.value], qk, heads, H * W)
     channels = compute_channels(rows.view(B * n, 7, C), (gamma, beta, mean, var), (H * W, n, 1, heads, eps), g, lam)
     return _run_apply(x, o, w, g, channels[A.value], channels[LAM.value], channels[BIAS.value], s), rows, channels, y, g

@@ -11,9 +11,11 @@ from timm_mrla.ops.common import (
     load_gate,
     load_map,
     positions,
+    row_grid,
     stencil,
     store_map,
     store_taps,
+    tile_grid,
     total,
     transposed_stencil,
 )
@@ -32,9 +34,7 @@ from timm_mrla.ops.light_post import (
     A,
     entries,
     entry,
-    grid,
     load_gates,
-    split_rows,
 )
 from timm_mrla.ops.operator import operator
 
@@ -262,13 +262,11 @@ def backward(
     """
     d = d.contiguous(memory_format=torch.channels_last)
     B, C, H, W = x.shape
-    n, heads = rows.shape[1], g.shape[1]
-    _, tiles = split_rows(x, **SUMS)
-    blocks = cdiv(C, SUMS['BC'])
-    R = B * n
+    grid, n, tiles = row_grid(x.shape, **SUMS)
+    R, heads = B * n, g.shape[1]
     back, dg, linear = x.new_empty(4 * R + 3, C, dtype=torch.float32).split([3 * R, R, 3])
     vectors = x.new_empty(3, C, dtype=torch.float32)
-    _gradient_sums[(R, blocks)](x, o, d, w, rows, back, H, W, C, n, tiles, **SUMS)
+    _gradient_sums[grid](x, o, d, w, rows, back, H, W, C, n, tiles, **SUMS)
     _gradient_statistics[(cdiv(C, STATISTICS['BC']),)](
         *(rows, back, g, lam, channels, s, linear, vectors, dg, R, C, n, heads),
         TRAIN=train,
@@ -276,8 +274,8 @@ def backward(
     )
     dqk, e = compute_gate_backward(y, g, dg.view(B, n, C), qk, H * W)
     dm, dx, do = torch.empty_like(x), torch.empty_like(x), torch.empty_like(o)
-    _gradient_m[grid(x, **MAPS)](x, o, d, w, g, channels[A.value], linear, s, dm, H, W, C, heads, **MAPS)
-    n, tiles = split_rows(x, **MAPS)
+    _gradient_m[tile_grid(x.shape, **MAPS)](x, o, d, w, g, channels[A.value], linear, s, dm, H, W, C, heads, **MAPS)
+    grid, n, tiles = row_grid(x.shape, **MAPS)
     taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
-    gradient_maps[(B * n, cdiv(C, MAPS['BC']))](x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS)
+    gradient_maps[grid](x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS)
     return dx, do, dqk, total(taps, w.dtype), vectors

@@ -23,6 +23,7 @@ from timm_mrla.ops.common import (
     power_of_2,
     split,
     store_map,
+    tile_grid,
 )
 from timm_mrla.ops.operator import operator
 
@@ -217,8 +218,7 @@ def forward(
         x, o, nw, nb, s, stats, rows, out, N - H * W, N, C, n, per_row, eps, RMS=rms, **blocks
     )
     y, g = compute_gate(rows, qk, heads, H * W)
-    tiles = cdiv(H, APPLY['TH']) * cdiv(W, APPLY['TW'])
-    _apply[(B * tiles, cdiv(C, APPLY['BC']))](
+    _apply[tile_grid((B, C, H, W), **APPLY)](
         x, o, w, g, lam, nw, nb, ow, ob, s, stats, out, H, W, N - H * W, C, heads, **APPLY
     )
     return out, stats, y, g

@@ -14,7 +14,7 @@ from timm_mrla.ops.common import (
     load_gate,
     load_map,
     positions,
-    split,
+    row_grid,
     store_map,
     store_taps,
     total,
@@ -261,13 +261,12 @@ def backward(
     d = d.contiguous()
     (B, N, C), (H, W), heads = x.shape, grid, g.shape[1]
     P = N - H * W
-    programs = cdiv(C, GRADIENT['BC'])
-    n, tiles = split(cdiv(H, GRADIENT['TH']) * cdiv(W, GRADIENT['TW']), B * programs)
+    programs, n, tiles = row_grid((B, C, H, W), **GRADIENT)
     u, rows = torch.empty_like(x, dtype=dtype), x.new_empty(B, n, C, dtype=torch.float32)
-    _gradient_v[(B * n, programs)](x, d, w, g, nw, nb, s, stats, u, rows, H, W, P, C, n, tiles, heads, **GRADIENT)
+    _gradient_v[programs](x, d, w, g, nw, nb, s, stats, u, rows, H, W, P, C, n, tiles, heads, **GRADIENT)
     dqk, e = compute_gate_backward(y, g, rows, qk, H * W)
     dy, rows = torch.empty_like(u), x.new_empty(B * n, 9, C, dtype=torch.float32)
-    gradient_y[(B * n, programs)](x, u, w, e, nw, nb, stats, dy, rows, H, W, P, C, n, tiles, **GRADIENT)
+    gradient_y[programs](x, u, w, e, nw, nb, stats, dy, rows, H, W, P, C, n, tiles, **GRADIENT)
     dw = total(rows, w.dtype)
     n, per_row, blocks = whole(x, 1024)
     dx, do = torch.empty_like(x), torch.empty_like(o)
