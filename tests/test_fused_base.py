@@ -326,6 +326,7 @@ def test_compiled_the_ops_are_nodes_of_one_graph(form):
         stage = nn.ModuleList(layer.eval().fuse() for layer in stage).requires_grad_(False)
     plain, nodes = copy.deepcopy(stage), []
 
+    torch._dynamo.reset()
     compiled = torch.compile(run_stage, fullgraph=True, backend=recording(nodes))
     inputs = [x.clone().requires_grad_(form != 'folded') for _ in range(2)]
     outputs = [compiled(stage, inputs[0], (3, 4)), run_stage(plain, inputs[1], (3, 4))]
