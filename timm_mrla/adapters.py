@@ -22,8 +22,8 @@ _logger = logging.getLogger(__name__)
 def _start(model: Adapter) -> Adapter:
     """Build the model that an adapter started from: the backbone with timm's weights."""
     args = {**get_model_args(model), 'mrla_adapter': True}
-    entry = model.pretrained_cfg['architecture']
-    return timm.create_model(entry, pretrained=True, pretrained_cfg=model.backbone_weights, **args)
+    name = model.pretrained_cfg['architecture']
+    return timm.create_model(name, pretrained=True, pretrained_cfg=model.backbone_weights, **args)
 
 
 def shrink(model: nn.Module, state_dict: StateDict) -> tuple[StateDict, str] | None:
@@ -84,12 +84,12 @@ def load_adapter(model: nn.Module, source: str) -> None:
     with explain_build_errors(source, {}):  # config.json may contain anything
         cfg, args = dict(config.get('pretrained_cfg', {})), dict(config.get('model_args', {}))
         theirs, ours = _shape(args), _shape(get_model_args(model))
-    expected, entry = args.get('mrla_adapter'), model.pretrained_cfg.get('architecture')
+    expected, name = args.get('mrla_adapter'), model.pretrained_cfg.get('architecture')
     if not isinstance(expected, str):
         raise ValueError(f'{source!r} contains a whole model of {config["architecture"]}: load it by timm.create_model')
-    if config['architecture'] != entry or theirs != ours:
+    if config['architecture'] != name or theirs != ours:
         raise ValueError(
-            f'{source!r} is an adapter of {config["architecture"]} with {theirs}, and the model is {entry} with {ours}'
+            f'{source!r} is an adapter of {config["architecture"]} with {theirs}, and the model is {name} with {ours}'
         )
     if model.backbone_weights is not None and not model.backbone_fingerprint:
         model.backbone_fingerprint = _start(model).backbone_fingerprint
@@ -100,7 +100,7 @@ def load_adapter(model: nn.Module, source: str) -> None:
         )
     with explain_build_errors(source, {}):
         args = {**get_model_args(model), **args, 'num_classes': config.get('num_classes'), 'mrla_adapter': True}
-        fresh = timm.create_model(entry, device='meta', **args)
+        fresh = timm.create_model(name, device='meta', **args)
     state_dict = read_checkpoint(saved_file(source, 'model.safetensors'))
     frozen = backbone_names(fresh)
     needed = {n: t.shape for n, t in fresh.state_dict().items() if n not in frozen}
