@@ -139,7 +139,8 @@ def check(*case) -> str:
     Raises:
         Captured: A CUDA graph is captured, to which the proof would belong.
     """
-    if case[6].type == 'cuda' and torch.cuda.is_current_stream_capturing():
+    *_, device, dtype, weight_dtype, autocast, _, _ = case
+    if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
         raise Captured('a CUDA graph is captured before the layer ran once')
     try:
         # in another thread, where no autocast, no mode and no hook on saved tensors of the caller is active
@@ -150,7 +151,7 @@ def check(*case) -> str:
     except Exception as e:  # any error of Triton, its compiler or the driver
         why = f'Triton cannot run the kernels here: {type(e).__name__}: {" ".join(str(e).split())[:300]}'
     else:
-        allowed = max(ALLOWED[dtype] for dtype in (*case[7:9], case[9] or torch.float32))
+        allowed = max(ALLOWED[dtype], ALLOWED[weight_dtype], ALLOWED[autocast or torch.float32])
         wrong = [f'{name} by {error:.2g}' for name, error in found.items() if not error <= allowed]  # NaN is wrong
         if not wrong:
             return ''

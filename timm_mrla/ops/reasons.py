@@ -298,12 +298,10 @@ def path(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str
     """How a layer runs: in the 'kernels'; 'folded', its norm folded in this call; or 'plain'."""
     if _class(layer, x):
         return 'plain'
-    no_kernels = _device(x)
-    if (no_kernels and not _folds(layer, other)) or _calls(layer, x, other):
+    no_kernels, otherwise = _device(x), 'folded' if _folds(layer, other) else 'plain'
+    if (no_kernels and otherwise == 'plain') or _calls(layer, x, other):
         return 'plain'
-    if not (no_kernels or _kernels(layer, x, other)):
-        return 'kernels'
-    return 'folded' if _folds(layer, other) else 'plain'
+    return otherwise if no_kernels or _kernels(layer, x, other) else 'kernels'
 
 
 @torch.compiler.assume_constant_result  # torch.compile calls this function instead of tracing it
