@@ -347,7 +347,6 @@ def hooked(layer):
 REASONS = {
     'hook': (hooked, 'a hook is on attn'),
     'group norm': (lambda layer: setattr(layer, 'norm', nn.GroupNorm(1, 32)), 'norm is GroupNorm'),
-    'activation': (lambda layer: setattr(layer, 'act', nn.GELU()), 'act is GELU'),
 }
 
 

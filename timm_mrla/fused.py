@@ -5,7 +5,6 @@ from torch import nn
 
 from timm_mrla.hooks import NOT_RUN, run_with_hooks
 from timm_mrla.layers import layer_attentions
-from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops import reason
 
 __all__ = ['why_not_fused']
@@ -23,8 +22,7 @@ def why_not_fused(model: nn.Module, images: torch.Tensor) -> dict[str, str]:
     Returns:
         A dict from layer name to reason: one sentence, or an empty string if the kernels run.
     """
-    folded = {n: m for n, m in model.named_modules() if isinstance(m, InferenceLight | InferenceBase)}
-    layers, found = {**layer_attentions(model), **folded}, {}
+    layers, found = layer_attentions(model), {}
 
     def record(name: str):
         def hook(layer: nn.Module, args: tuple, kwargs: dict, out: object) -> None:

@@ -25,14 +25,15 @@ The layout of x and o is NCHW, NHWC or NLC: tokens [B, P + H * W, C]. Prefix tok
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_mrla.layers.fast_path import FastPath
-from timm_mrla.layers.inference import InferenceBase, InferenceLight, is_foldable
+from timm_mrla.layers.folding import Affine, fold, is_foldable
 from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
 from timm_mrla.layers.recompute import recompute
 from timm_mrla.layers.weights import BaseWeights, LightWeights, Memory
@@ -42,9 +43,11 @@ FORMS = ('post', 'pre')
 Norm = Callable[..., nn.Module]
 
 
-class _Mrla(FastPath):
+class _Mrla(nn.Module):
     """Base class of the layer that MRLA adds to a block. A subclass computes m from weights and values."""
 
+    # fast_path(layer, *args of forward) returns forward's result, or None; timm_mrla/ops/__init__.py sets it
+    fast_path: Callable[..., Any] | None = None
     num_prefix_tokens: int | None = None  # how many come before the patches, in the layout NLC; None: any number
     recompute = False  # True: backward computes the branch again instead of saving its tensors
 
@@ -59,6 +62,18 @@ class _Mrla(FastPath):
         device=None,
         dtype=None,
     ) -> None:
+        """
+        Args:
+            dim: Number of channels, C.
+            dim_head: Channels per head, d; divides dim.
+            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
+            form: 'post' or 'pre'.
+            layout: 'NCHW', 'NHWC' or 'NLC'.
+            drop_path: Stochastic depth rate of the layer's branch.
+
+        Raises:
+            ValueError: dim_head does not divide dim, or form or layout is unknown.
+        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         for name, value, values in (('form', form, FORMS), ('layout', layout, LAYOUTS)):
@@ -107,6 +122,13 @@ class _Mrla(FastPath):
             prefix = torch.zeros_like(prefix)
         return from_map(m, self.layout, prefix)
 
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Fold the batch norm for inference, in place; timm's `reparameterize_model` calls this."""
+        if is_foldable(self.norm):
+            self.norm, self.drop_path = Affine(*fold(self.norm)), nn.Identity()
+        return self
+
 
 class MrlaLight(_Mrla):
     """MRLA-light, linear in the number of blocks: `x = mrla(x, o)`."""
@@ -127,19 +149,11 @@ class MrlaLight(_Mrla):
         norm_o: bool = True,
         norm_v: Norm | None = None,
     ) -> None:
-        """
+        """The arguments are those of MrlaBase, and:
+
         Args:
-            dim: Number of channels, C.
-            dim_head: Channels per head, d; divides dim.
-            norm_layer: Norm, called with dim. Its input is a map [B, C, H, W] in the form `post`, x in the form `pre`.
-            form: 'post' or 'pre'.
-            layout: 'NCHW', 'NHWC' or 'NLC'.
-            drop_path: Stochastic depth rate of the layer's branch.
             norm_o: Whether to norm o too, in the form `pre`.
             norm_v: Norm of the value, called with dim.
-
-        Raises:
-            ValueError: dim_head does not divide dim, or form or layout is unknown.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, **dd)
@@ -184,10 +198,16 @@ class MrlaLight(_Mrla):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The layer for inference, with its batch norms folded; timm's `reparameterize_model` calls this."""
+        """Fold the batch norms for inference, in place: their scales into v and lam."""
         if is_foldable(self.norm_v):
             self.v, self.norm_v = fuse_conv_bn_eval(self.v.eval(), self.norm_v.eval()), nn.Identity()
-        return InferenceLight(self) if is_foldable(self.norm) else self
+        super().fuse()
+        if isinstance(self.norm, Affine) and (scale := self.norm.weight) is not None:
+            self.norm.weight, self.lam = None, nn.Parameter(self.lam * scale)
+            self.v.weight = nn.Parameter(self.v.weight * scale[:, None, None, None])
+            if self.v.bias is not None:
+                self.v.bias = nn.Parameter(self.v.bias * scale)
+        return self
 
 
 class MrlaBase(_Mrla):
@@ -199,21 +219,6 @@ class MrlaBase(_Mrla):
 
     attn_layer = BaseWeights
 
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int,
-        norm_layer: Norm,
-        form: str = 'post',
-        layout: str = 'NCHW',
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        """The arguments are those of MrlaLight."""
-        super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, device, dtype)
-        self.act = nn.ReLU(inplace=True) if self.form == 'post' else nn.Identity()
-
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The residual branch before drop_path, and the block's key and value."""
         y, prefix = to_map(self.norm_x(x), self.layout, feat_size)
@@ -223,7 +228,8 @@ class MrlaBase(_Mrla):
         for s, value in enumerate((*memory[1::2], v)):
             retrieved = self.attn.per_channel(weights[..., s], self.v.out_channels).to(v.dtype) * value
             m = retrieved if m is None else m + retrieved
-        return self.join(self.act(self.norm(m)), prefix), k, v
+        m = F.relu(self.norm(m), inplace=True) if self.form == 'post' else m
+        return self.join(m, prefix), k, v
 
     def forward(self, x: torch.Tensor, memory: Memory = (), feat_size: Grid = None) -> tuple[torch.Tensor, Memory]:
         """
@@ -241,11 +247,6 @@ class MrlaBase(_Mrla):
         args = (x, feat_size, *memory)
         m, k, v = recompute(self, self.branch, *args) if self.recompute else self.branch(*args)
         return x + self.drop_path(m), (*memory, k, v)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """The layer for inference, with its batch norm folded; timm's `reparameterize_model` calls this."""
-        return InferenceBase(self) if is_foldable(self.norm) else self
 
 
 def layer_attentions(model: nn.Module) -> dict[str, nn.Module]:

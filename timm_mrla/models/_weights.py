@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
-from timm_mrla.layers import layer_attentions
+from timm_mrla.layers import MrlaBase, layer_attentions
 from timm_mrla.state_dict import StateDict
 
 TAG = 'warmstart_'
@@ -90,7 +90,7 @@ def _group_matcher(groups: dict[bool, dict[str, Any]], coarse: bool = False) -> 
 def zero_output_scales(model: nn.Module) -> None:
     """Make layer attention add exactly nothing until it is trained, and give it the head's rate under layer decay."""
     for layer in layer_attentions(model).values():
-        if isinstance(getattr(layer, 'act', None), nn.ReLU):
+        if isinstance(layer, MrlaBase) and layer.form == 'post':
             raise ValueError("mrla_identity True: no gradient passes the ReLU of a ResNet's MRLA-base, use False")
         for scale in layer.output_scales():
             nn.init.zeros_(scale)

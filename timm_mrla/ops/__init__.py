@@ -1,11 +1,10 @@
-"""Fused GPU kernels of layer attention. Importing this package makes the layers use them where they can run."""
+"""Layer attention in few passes over memory: fused GPU kernels, and inference with folded norms. Importing this package makes the layers use them where they can run."""
 
 import torch
 from torch import nn
 
-from timm_mrla.layers import Grid, Memory, MrlaLight
-from timm_mrla.layers.fast_path import FastPath
-from timm_mrla.layers.inference import infer_base, infer_light
+from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
+from timm_mrla.ops.inference import infer_base, infer_light
 from timm_mrla.ops.reasons import path, reason, set_fused
 
 __all__ = ['fused', 'reason', 'set_fused']
@@ -28,4 +27,4 @@ def fused(
     return (infer_light if isinstance(layer, MrlaLight) else infer_base)(layer, x, other, feat_size)
 
 
-FastPath.fast_path = staticmethod(fused)
+MrlaLight.fast_path = MrlaBase.fast_path = staticmethod(fused)

@@ -4,10 +4,9 @@ import torch
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
-from timm_mrla.layers.inference import InferenceBase, InferenceLight
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
-from timm_mrla.ops.reasons import LIGHT, drops_paths, is_rms_norm, uses_batch, value_dtype
+from timm_mrla.ops.reasons import drops_paths, is_folded, is_rms_norm, uses_batch, value_dtype
 
 
 def _qk(layer: nn.Module) -> torch.Tensor:
@@ -45,7 +44,10 @@ def _statistics(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
 
 
 def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    norm, statistics = layer.norm, _statistics(layer.norm)
+    norm = layer.norm
+    if is_folded(layer):
+        return light_folded(x, o, _qk(layer), _taps(layer.v.weight), layer.lam, norm.bias, layer.attn.num_heads)
+    statistics = _statistics(norm)
     out, _, channels, _, _ = light_post(
         *(x, o, _qk(layer), _taps(layer.v.weight), layer.lam, norm.weight, norm.bias, *statistics, _scale(layer, x)),
         *(layer.attn.num_heads, norm.eps),
@@ -85,19 +87,13 @@ def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid
     return _from_tokens(layer, out, grid)
 
 
-def _run_folded(layer: InferenceLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    return light_folded(x, o, _qk(layer), _taps(layer.weight), layer.lam, layer.bias, layer.attn.num_heads)
-
-
-def _run_base(
-    layer: MrlaBase | InferenceBase, x: torch.Tensor, memory: Memory, feat_size: Grid
-) -> tuple[torch.Tensor, Memory]:
+def _run_base(layer: MrlaBase, x: torch.Tensor, memory: Memory, feat_size: Grid) -> tuple[torch.Tensor, Memory]:
     x, grid = _to_tokens(layer, x, feat_size)
     heads, dtype = layer.attn.num_heads, x.dtype
     keys = [key.float().flatten(1).contiguous() for key in memory[::2]]
     args = (x, keys, [*memory[1::2]], grid, _qk(layer), _taps(layer.v.weight))
-    if isinstance(layer, InferenceBase):
-        out, k, v = base_folded(*args, layer.scale, layer.bias, heads)
+    if is_folded(layer):
+        out, k, v = base_folded(*args, layer.norm.weight, layer.norm.bias, heads)
     else:
         is_post, v_dtype = layer.form == 'post', value_dtype(x)
         if not is_post and x.is_cuda and v_dtype != dtype and x.shape[1] > grid[0] * grid[1]:
@@ -117,12 +113,12 @@ def run(
     layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory, feat_size: Grid = None
 ) -> torch.Tensor | tuple[torch.Tensor, Memory]:
     """Run a layer in the kernels, which `reason` must have allowed. other: the shortcut (light), the memory (base)."""
-    if not isinstance(layer, LIGHT):
+    if isinstance(layer, MrlaBase):
         return _run_base(layer, x, other, feat_size)
-    if isinstance(layer, MrlaLight) and layer.form == 'pre':
+    if layer.form == 'pre':
         return _run_pre(layer, x, other, feat_size)
     is_nhwc = layer.layout == 'NHWC'
     if is_nhwc:
         x, other = x.permute(0, 3, 1, 2), other.permute(0, 3, 1, 2)
-    out = (_run_folded if isinstance(layer, InferenceLight) else _run_post)(layer, x, other)
+    out = _run_post(layer, x, other)
     return out.permute(0, 2, 3, 1) if is_nhwc else out

@@ -12,13 +12,10 @@ from timm.layers import BatchNormAct2d, DropPath, LayerNorm, LayerNorm2d, RmsNor
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
-from timm_mrla.layers.inference import InferenceBase, InferenceLight
+from timm_mrla.layers.folding import Affine
 from timm_mrla.layers.layout import is_exporting
 from timm_mrla.layers.weights import BaseWeights, LightWeights
 from timm_mrla.switches import is_on
-
-# tuples, because torch.compile in torch 2.9 cannot trace A | B
-LIGHT, _TRAINED = (MrlaLight, InferenceLight), (MrlaLight, MrlaBase)
 
 _enabled = is_on('TIMM_MRLA_FUSED', os.environ.get('TIMM_MRLA_FUSED', 'on'))
 _has_triton = importlib.util.find_spec('triton') is not None
@@ -208,7 +205,7 @@ def _parts(layer: nn.Module, x: torch.Tensor) -> str:
         return _norms(layer, x)
     if layer.layout == 'NLC':
         return 'it is of the form post on tokens'
-    if not _is_batch_norm(norm):
+    if not (_is_batch_norm(norm) or is_folded(layer)):
         return f'norm is {type(norm).__name__}'
     if norm.training and x.numel() == x.shape[1]:
         return 'its batch has one value for each channel, of which there is no variance'
@@ -218,70 +215,66 @@ def _parts(layer: nn.Module, x: torch.Tensor) -> str:
 def _activations(layer: nn.Module) -> str:
     """Which activation, or norm of the value, the kernels cannot compute; empty if none."""
     if isinstance(layer, MrlaBase):
-        return '' if type(layer.act) is (nn.ReLU if layer.form == 'post' else nn.Identity) else f'act is {layer.act}'
+        return ''
     if type(layer.norm_v) is not nn.Identity:
         return f'norm_v is {type(layer.norm_v).__name__}'
     exact = type(layer.act_v) is nn.GELU and layer.act_v.approximate == 'none'
     return '' if (exact if layer.form == 'pre' else type(layer.act_v) is nn.Identity) else f'act_v is {layer.act_v}'
 
 
-def _folds(layer: nn.Module, other: torch.Tensor | Memory) -> bool:
+def is_folded(layer: nn.Module) -> bool:
+    """Whether the norm of a layer was folded for inference."""
+    return type(layer.norm) is Affine
+
+
+def _folds(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
     """Whether a layer is evaluated without gradients, and its norm can be folded into vectors of channels."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or layer.form != 'post':  # compiled, plain is as fast
         return False
-    if type(layer) not in _TRAINED or layer.form != 'post' or layer.norm.training or layer.drop_path.training:
+    if not is_folded(layer) and (layer.drop_path.training or not _is_batch_norm(layer.norm) or uses_batch(layer.norm)):
         return False
-    tensors = other if isinstance(other, tuple) else (other,)
-    has_statistics = _is_batch_norm(layer.norm) and layer.norm.running_mean is not None
-    return has_statistics and all(type(t) is torch.Tensor for t in tensors)
+    maps = other[1::2] if isinstance(layer, MrlaBase) else (other,)
+    return all(type(t) is torch.Tensor and t.dtype == x.dtype for t in maps) and value_dtype(x) == x.dtype
 
 
-def _folded(layer: nn.Module, *maps: torch.Tensor) -> str:
-    """Why the kernels cannot compute a folded layer; empty if they can."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *layer.parameters())):
-        return 'a gradient is wanted, and the kernels of a folded layer have none; use torch.no_grad()'
-    if layer.layout == 'NLC':
-        return 'it is of the form post on tokens'
-    if isinstance(layer, InferenceBase):
-        return _value(layer.v)
-    return '' if layer.bias_v is None else 'the norm of its value is folded too'
+def _gradient(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
+    """Why the kernels cannot compute a folded layer with gradients; empty if they need not."""
+    if not (torch.is_grad_enabled() and is_folded(layer)):
+        return ''
+    tensors = (x, *(other if isinstance(layer, MrlaBase) else (other,)), *layer.parameters())
+    wanted = any(t.requires_grad for t in tensors)
+    return 'a gradient is wanted, and the kernels of a folded layer have none; use torch.no_grad()' if wanted else ''
 
 
 def _class(layer: nn.Module, x: torch.Tensor) -> str:
     """Why a layer or its maps are of a class that only the plain layer can handle; empty if they are not."""
     if type(x) is not torch.Tensor:
         return f'its maps are of class {type(x).__name__}'
-    if type(layer) not in (*LIGHT, MrlaBase, InferenceBase):
+    if type(layer) not in (MrlaLight, MrlaBase):
         return f'there are no kernels for {type(layer).__name__}'
     return ''
 
 
 def _calls(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
     """Why a layer must call its submodules one by one; empty if nothing relies on these calls."""
-    if why := _tracer():
-        return why
-    if isinstance(layer, _TRAINED):
-        why = _parts(layer, x) or _activations(layer)
-    else:
-        why = _folded(layer, x, *([other] if isinstance(layer, LIGHT) else other))
-    return why or _children(layer)
+    why = _tracer() or _parts(layer, x) or _activations(layer)
+    return why or _gradient(layer, x, other) or _children(layer)
 
 
 def _kernels(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
     """Why the kernels cannot compute a layer on x that need not call its submodules; empty if they can."""
-    is_light, form = isinstance(layer, LIGHT), getattr(layer, 'form', 'folded')
-    weight = (layer if isinstance(layer, InferenceLight) else layer.v).weight
+    is_light, weight = isinstance(layer, MrlaLight), layer.v.weight
     if why := _tensors(x, weight) or (_shortcut if is_light else _memory)(layer, x, other):
         return why
     autocast = value_dtype(x) if torch.is_autocast_enabled(x.device.type) else None
-    norm = getattr(layer, 'norm_x' if form == 'pre' else 'norm', None)  # a folded layer has none
+    norm, form = layer.norm_x if layer.form == 'pre' else layer.norm, 'folded' if is_folded(layer) else layer.form
     kind = (
         is_light,
         form,
         is_rms_norm(norm),
-        getattr(norm, 'bias', None) is not None,
+        form != 'folded' and getattr(norm, 'bias', None) is not None,
         form == 'post' and uses_batch(norm),
-        form != 'folded' and drops_paths(layer),
+        drops_paths(layer),
     )
     return _proof(*kind, x.device, x.dtype, weight.dtype, autocast, len(weight), layer.attn.num_heads)
 
@@ -298,7 +291,7 @@ def path(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str
     """How a layer runs: in the 'kernels'; 'folded', its norm folded in this call; or 'plain'."""
     if _class(layer, x):
         return 'plain'
-    no_kernels, otherwise = _device(x), 'folded' if _folds(layer, other) else 'plain'
+    no_kernels, otherwise = _device(x), 'folded' if _folds(layer, x, other) else 'plain'
     if (no_kernels and otherwise == 'plain') or _calls(layer, x, other):
         return 'plain'
     return otherwise if no_kernels or _kernels(layer, x, other) else 'kernels'

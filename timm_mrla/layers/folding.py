@@ -1,0 +1,32 @@
+"""Folds a batch norm for inference, into a scale and a bias of channels."""
+
+import torch
+from torch import nn
+
+
+class Affine(nn.Module):
+    """A folded batch norm: multiplies the channels of a map [B, C, H, W] by a scale, if it has one, and adds a bias."""
+
+    def __init__(self, scale: torch.Tensor | None, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = None if scale is None else nn.Parameter(scale)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale, bias = (None if p is None else p.to(x.dtype)[:, None, None] for p in (self.weight, self.bias))
+        return x + bias if scale is None else x * scale + bias
+
+
+def is_foldable(norm: nn.Module) -> bool:
+    """Whether a norm in evaluation mode only multiplies each channel by a scale and adds a bias."""
+    is_linear = isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity)
+    return is_linear and norm.running_var is not None
+
+
+def fold(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The scale and the bias [C] that a batch norm in evaluation mode, or a folded one, applies."""
+    if isinstance(norm, Affine):
+        return norm.weight, norm.bias
+    scale = (norm.running_var + norm.eps).rsqrt()
+    bias = -norm.running_mean * scale
+    return (scale, bias) if norm.weight is None else (scale * norm.weight, bias * norm.weight + norm.bias)
