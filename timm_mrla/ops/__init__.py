@@ -1,4 +1,4 @@
-"""Layer attention in few passes over memory: fused GPU kernels, and inference with folded norms. Importing this package makes the layers use them where they can run."""
+"""Layer attention in few passes over memory. Importing this package makes the layers use it where it can run."""
 
 import torch
 from torch import nn
