@@ -201,7 +201,10 @@ class BaseBlock(_Block):
 
     def forward(self, x: torch.Tensor, *memory: torch.Tensor, feat_size: Grid = None, **kwargs) -> Memory:
         if isinstance(x, tuple):
-            raise TypeError('a block of MRLA-base passes its memory on: x, *memory = block(x, *memory, feat_size=...)')
+            raise TypeError(
+                'a block of MRLA-base passes its memory on: x, *memory = block(x, *memory, feat_size=...); a wrapper '
+                'gets the memory if it has the attribute `mrla` of its block'
+            )
         args = (feat_size,) if self.recipe.takes_grid else ()
         x, memory = self.mrla(super().forward(x, *args, **kwargs), memory, feat_size)
         return x, *memory

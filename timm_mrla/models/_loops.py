@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_mrla.layers import Grid, layer_attentions, recompute
-from timm_mrla.models._graft import LightBlock
+from timm_mrla.layers import Grid, recompute
 
 
 class SelfWithOverrides:
@@ -40,26 +39,8 @@ class FunctionList(list[Callable[..., Any]]):
         return x
 
 
-def _hides(block: nn.Module) -> bool:
-    """Whether a user's wrapper in place of a block hides layer attention. Wrappers that pass attributes on do not."""
-    return not hasattr(block, 'mrla') and type(block) not in LightBlock.classes and bool(layer_attentions(block))
-
-
-def _hidden_error(block: nn.Module, needs: str) -> ValueError:
-    return ValueError(
-        f'{type(block).__name__} hides a block with layer attention, which needs {needs}: give it the attribute `mrla` '
-        'of the block, and let its forward pass all arguments and results on'
-    )
-
-
-def with_grid(blocks: Iterable[nn.Module], feat_size: tuple[int, int], own: Grid = None) -> FunctionList:
-    """Blocks as functions of tokens; those with layer attention get the grid (H, W) of the tokens.
-
-    `own` is the grid that blocks assume by default, so wrappers may hide them there.
-    """
-    for block in blocks:
-        if _hides(block) and feat_size != own:  # in this order: torch.fx cannot compare the grid
-            raise _hidden_error(block, f'the grid of its tokens, here {feat_size}')
+def with_grid(blocks: Iterable[nn.Module], feat_size: tuple[int, int]) -> FunctionList:
+    """Blocks as functions of tokens; those with layer attention get the grid (H, W) of the tokens."""
     return FunctionList([partial(b, feat_size=feat_size) if hasattr(b, 'mrla') else b for b in blocks])
 
 
@@ -77,8 +58,6 @@ def with_memory(
         if depth and i % depth == 0:
             memory.clear()
         run = partial(recompute, block, block) if grad_checkpointing else block
-        if _hides(block):
-            raise _hidden_error(block, 'the memory of the blocks before it')
         if not hasattr(block, 'mrla'):
             return run(x, *args, **kwargs)
         x, *memory[:] = run(x, *memory, feat_size=args[0] if args else feat_size, **kwargs)

@@ -20,7 +20,8 @@ class TokenBlock(LightBlock):
         if feat_size is None and self.own_grid is None:
             raise ValueError(
                 f'{x.shape[1]} tokens do not tell their grid, as the model takes images of several sizes: call the '
-                'block as block(x, feat_size=(H, W)), with the rows and columns of its patches'
+                'block as block(x, feat_size=(H, W)), with the rows and columns of its patches; a wrapper gets them if '
+                'it has the attribute `mrla` of its block'
             )
         return super().forward(x, *args, feat_size=feat_size or self.own_grid, **kwargs)
 
@@ -61,7 +62,7 @@ class GridHost(Host):
 
     def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
         """The `self` of timm's methods for one forward pass on a grid (H, W)."""
-        return SelfWithOverrides(self, blocks=with_grid(self.blocks, feat_size, self.own_grid()))
+        return SelfWithOverrides(self, blocks=with_grid(self.blocks, feat_size))
 
     def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
         """Change the tokens [B, P + N, C] that timm's method returns, if a subclass must."""
