@@ -156,13 +156,18 @@ def test_wrapped_blocks_never_take_one_grid_for_another(wrap):
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize('name', ['deit_tiny_mrlab', 'resnet18_mrlab'])
-def test_a_hidden_block_of_memory_is_refused(name):
+@pytest.mark.parametrize(
+    ('name', 'error', 'message'),
+    [
+        ('deit_tiny_mrlab', ValueError, r'call with feat_size=\(H, W\)'),
+        ('resnet18_mrlab', TypeError, r'a wrapper gets the memory if it has the attribute `mrla`'),
+    ],
+)
+def test_a_hidden_block_of_memory_is_refused(name, error, message):
     model = create(name)
     stage = model.blocks if 'deit' in name else model.layer1
     stage[1] = nn.Sequential(stage[1], nn.Identity())
-    expected = (ValueError, r'feat_size=\(H, W\)') if 'deit' in name else (TypeError, r'a wrapper gets the memory if it')
-    with pytest.raises(expected[0], match=expected[1]):
+    with pytest.raises(error, match=message):
         model(images())
 
 
