@@ -149,11 +149,8 @@ def _attention(
     k, y = (rows.new_empty(B, C) for _ in range(2))
     table = addresses([*keys, k], [*values, v])
     scores, a = (rows.new_empty(B, heads, T) for _ in range(2))
-    _attend[(B,)](
-        *(rows, y, qk, table, k, scores, a, C, n, qk.shape[1], T, T, heads, 1 / L, (C // heads) ** -0.5),
-        BR=min(power_of_2(n), 16),
-        **head_blocks(C, heads),
-    )
+    sizes, scale, blocks = (C, n, qk.shape[1], T, T, heads), (C // heads) ** -0.5, head_blocks(C, heads)
+    _attend[(B,)](rows, y, qk, table, k, scores, a, *sizes, 1 / L, scale, BR=min(power_of_2(n), 16), **blocks)
     return k, y, a, table
 
 

@@ -292,8 +292,9 @@ def backward(
     m, back, linear = (torch.empty_like(v), *x.new_empty(2 * R + 2, C, dtype=torch.float32).split([2 * R, 2]))
     sums, da = x.new_empty(R * T * entries + B * T, C, dtype=torch.float32).split([R * T * entries, B * T])
     vectors = x.new_empty(C, 2, dtype=torch.float32)
+    sizes = P, L, C, T, heads
     _gradient_sums[grid_of(B, L, C, **SUMS)](
-        *(d, table, a, v, channels, s, m, sums, back, P, L, C, T, heads), ENTRIES=entries, **SUMS
+        d, table, a, v, channels, s, m, sums, back, *sizes, ENTRIES=entries, **SUMS
     )
     if post:
         _gradient_statistics[(cdiv(C, STATISTICS['BC']),)](
@@ -304,18 +305,14 @@ def backward(
     scratch = x.new_empty(B * (3 * C + heads * T + 2 * qk.shape[1]), dtype=torch.float32)
     e, buffer, by_head, dqk = scratch.split([B * C, 2 * B * C, B * heads * T, 2 * B * qk.shape[1]])
     dkeys = x.new_empty(T - 1, B, C, dtype=torch.float32)
+    gradients, scale, blocks = (da, dk, by_head, dkeys, dqk, buffer, e), (C // heads) ** -0.5, head_blocks(C, heads)
     _attend_backward[(B,)](
-        *(y, qk, table, a, da, dk, by_head, dkeys, dqk, buffer, e, B, C, qk.shape[1], T, T, heads),
-        *(1 / L, (C // heads) ** -0.5),
-        **head_blocks(C, heads),
-        num_warps=8,
+        y, qk, table, a, *gradients, B, C, qk.shape[1], T, T, heads, 1 / L, scale, **blocks, num_warps=8
     )
     dqk = total(dqk.view(B, 1, -1), qk.dtype).view_as(qk)
 
     dvalues, dv = v.new_empty(T - 1, B, H, W, C), torch.empty_like(x, dtype=v.dtype)
-    _gradient_values[grid_of(B, L, C, **BLOCK)](
-        d, a, m, channels, linear, s, later, dvalues, dv, B, P, L, C, T, heads, **BLOCK
-    )
+    _gradient_values[grid_of(B, L, C, **BLOCK)](d, a, m, channels, linear, s, later, dvalues, dv, B, *sizes, **BLOCK)
     dx = torch.empty_like(x)
     programs, n, tiles = row_grid((B, C, H, W), **VALUE)
     taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
@@ -326,8 +323,7 @@ def backward(
         gradient_y[programs](x, dv, w, e, weight, bias, statistics, dy, taps, H, W, P, C, n, tiles, **VALUE)
         n, per_row, blocks = whole(x, 1024)
         rows = x.new_empty(B * n, 2, C, dtype=torch.float32)
-        pre_gradient_maps[(B * n,)](
-            *(x, None, d, dy, None, weight, None, s, statistics, dx, None, rows, P, N, C, n, per_row), RMS=rms, **blocks
-        )
+        maps, sizes = (x, None, d, dy, None, weight, None, s, statistics, dx, None, rows), (P, N, C, n, per_row)
+        pre_gradient_maps[(B * n,)](*maps, *sizes, RMS=rms, **blocks)
         vectors = total(rows, torch.float32)
     return dx, dkeys, dvalues, dqk, total(taps, w.dtype), vectors

@@ -43,10 +43,8 @@ def _differentiate(ctx, d, dk, dv, *_):
     x, qk, w, weight, bias, s, y, a, statistics, *memory = ctx.saved_tensors
     keys, values = memory[: len(memory) // 2], memory[len(memory) // 2 :]
     d = torch.zeros_like(x) if d is None else d
-    dx, dkeys, dvalues, dqk, dw, vectors = _base_backward(
-        *(d, dk, dv, x, keys, values, ctx.grid, qk, w, weight, bias, s, y, a, statistics),
-        *(ctx.post, ctx.train, ctx.rms, ctx.value_dtype),
-    )
+    saved, kind = (weight, bias, s, y, a, statistics), (ctx.post, ctx.train, ctx.rms, ctx.value_dtype)
+    dx, dkeys, dvalues, dqk, dw, vectors = _base_backward(d, dk, dv, x, keys, values, ctx.grid, qk, w, *saved, *kind)
     dnorm = [None if p is None else vectors[:, i].to(p.dtype) for i, p in enumerate((weight, bias))]
     before = [*dkeys.unbind()], [*dvalues.permute(0, 1, 4, 2, 3).unbind()]
     return dx, *before, None, dqk, dw.t(), *dnorm, None, None, None, None, None, None, None, None, None

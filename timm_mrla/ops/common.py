@@ -298,11 +298,8 @@ def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: in
     """y [B, C] and the gates [B, heads] from sums [B, rows, C] over the rows of maps of `positions` positions."""
     B, rows, C = sums.shape[0], sums.shape[1], sums.shape[-1]
     y, g = sums.new_empty(B, C), sums.new_empty(B, heads)
-    gate[(B,)](
-        *(sums, y, qk, g, C, rows, sums.stride(1), qk.shape[1], heads, 1 / positions, (C // heads) ** -0.5),
-        BR=min(power_of_2(rows), 16),
-        **head_blocks(C, heads),
-    )
+    sizes, scale, blocks = (C, rows, sums.stride(1), qk.shape[1], heads), (C // heads) ** -0.5, head_blocks(C, heads)
+    gate[(B,)](sums, y, qk, g, *sizes, 1 / positions, scale, BR=min(power_of_2(rows), 16), **blocks)
     return y, g
 
 
@@ -312,10 +309,8 @@ def compute_gate_backward(
     """Gradient of qk [2, K], and e [B, C], the gradient of x at each position, from dg [B, rows, C]."""
     (B, C), heads, K = y.shape, g.shape[1], qk.shape[1]
     e, scratch, dqk = y.new_empty(B * (3 * C + 2 * K)).split([B * C, 2 * B * C, 2 * B * K])
-    gate_backward[(B,)](
-        *(y, qk, g, dg, dqk, scratch, e, C, dg.shape[1], dg.stride(1), K, heads, 1 / positions, (C // heads) ** -0.5),
-        **head_blocks(C, heads),
-    )
+    sizes, scale = (C, dg.shape[1], dg.stride(1), K, heads), (C // heads) ** -0.5
+    gate_backward[(B,)](y, qk, g, dg, dqk, scratch, e, *sizes, 1 / positions, scale, **head_blocks(C, heads))
     return total(dqk.view(B, 1, 2 * K), qk.dtype).view(2, K), e.view(B, C)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
+from timm_mrla.ops.light_post import MEAN, VAR
 from timm_mrla.ops.reasons import drops_paths, is_folded, is_rms_norm, uses_batch, value_dtype
 
 
@@ -34,7 +35,7 @@ def _update_statistics(norm: nn.Module, channels: torch.Tensor) -> None:
     momentum = norm.momentum
     if momentum is None:  # cumulative average, as in nn.BatchNorm2d
         momentum = 1.0 / norm.num_batches_tracked
-    for running, statistic in ((norm.running_mean, channels[2]), (norm.running_var, channels[4])):
+    for running, statistic in ((norm.running_mean, channels[MEAN.value]), (norm.running_var, channels[VAR.value])):
         running.lerp_(statistic.to(running.dtype), momentum)
 
 
@@ -44,14 +45,12 @@ def _statistics(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
 
 
 def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    norm = layer.norm
+    norm, heads = layer.norm, layer.attn.num_heads
+    args = x, o, _qk(layer), _taps(layer.v.weight), layer.lam
     if is_folded(layer):
-        return light_folded(x, o, _qk(layer), _taps(layer.v.weight), layer.lam, norm.bias, layer.attn.num_heads)
-    statistics = _statistics(norm)
-    out, _, channels, _, _ = light_post(
-        *(x, o, _qk(layer), _taps(layer.v.weight), layer.lam, norm.weight, norm.bias, *statistics, _scale(layer, x)),
-        *(layer.attn.num_heads, norm.eps),
-    )
+        return light_folded(*args, norm.bias, heads)
+    vectors = norm.weight, norm.bias, *_statistics(norm)
+    out, _, channels, _, _ = light_post(*args, *vectors, _scale(layer, x), heads, norm.eps)
     _update_statistics(norm, channels)
     return out
 
@@ -80,11 +79,9 @@ def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled(x.device.type) else x.dtype
     norm = layer.norm_x
     vectors = [getattr(n, name, None) for n in (norm, layer.norm_o) for name in ('weight', 'bias')]
-    out = light_pre(
-        *(x, o, grid, _qk(layer), _taps(layer.v.weight), layer.lam, *vectors, _scale(layer, x)),
-        *(layer.attn.num_heads, norm.eps, is_rms_norm(norm), dtype, value_dtype(x)),
-    )[0]
-    return _from_tokens(layer, out, grid)
+    args = x, o, grid, _qk(layer), _taps(layer.v.weight), layer.lam
+    kind = layer.attn.num_heads, norm.eps, is_rms_norm(norm), dtype, value_dtype(x)
+    return _from_tokens(layer, light_pre(*args, *vectors, _scale(layer, x), *kind)[0], grid)
 
 
 def _run_base(layer: MrlaBase, x: torch.Tensor, memory: Memory, feat_size: Grid) -> tuple[torch.Tensor, Memory]:
@@ -99,11 +96,9 @@ def _run_base(layer: MrlaBase, x: torch.Tensor, memory: Memory, feat_size: Grid)
         if not is_post and x.is_cuda and v_dtype != dtype and x.shape[1] > grid[0] * grid[1]:
             dtype = torch.float32  # under autocast, a layer norm returns the prefix in float32
         norm = layer.norm if is_post else layer.norm_x
-        statistics = _statistics(norm) if is_post else (None, None)
-        out, k, v, _, _, channels = base(
-            *(*args, norm.weight, getattr(norm, 'bias', None), *statistics, _scale(layer, x), heads, norm.eps),
-            *(is_post, is_rms_norm(norm), dtype, v_dtype),
-        )
+        vectors = norm.weight, getattr(norm, 'bias', None), *(_statistics(norm) if is_post else (None, None))
+        kind = heads, norm.eps, is_post, is_rms_norm(norm), dtype, v_dtype
+        out, k, v, _, _, channels = base(*args, *vectors, _scale(layer, x), *kind)
         if is_post:
             _update_statistics(norm, channels)
     return _from_tokens(layer, out, grid), (*memory, k.unflatten(1, (heads, -1)), v)

@@ -268,9 +268,7 @@ def backward(
     vectors = x.new_empty(3, C, dtype=torch.float32)
     _gradient_sums[grid](x, o, d, w, rows, back, H, W, C, n, tiles, **SUMS)
     _gradient_statistics[(cdiv(C, STATISTICS['BC']),)](
-        *(rows, back, g, lam, channels, s, linear, vectors, dg, R, C, n, heads),
-        TRAIN=train,
-        **STATISTICS,
+        rows, back, g, lam, channels, s, linear, vectors, dg, R, C, n, heads, TRAIN=train, **STATISTICS
     )
     dqk, e = compute_gate_backward(y, g, dg.view(B, n, C), qk, H * W)
     dm, dx, do = torch.empty_like(x), torch.empty_like(x), torch.empty_like(o)
