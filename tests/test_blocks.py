@@ -79,13 +79,13 @@ def test_a_sequence_of_blocks_is_called_as_one():
 def test_a_loop_of_ones_own_over_images_of_several_sizes_says_what_a_block_needs(name, size):
     """2 x 6 and 3 x 4 patches are both 12 tokens, so a guessed grid could be wrong."""
     model = create(name, dynamic_img_size=True)
-    with pytest.raises(ValueError, match=r'several sizes: call the block as block\(x, feat_size='):
+    with pytest.raises(ValueError, match=r'do not tell the grid of their patches: .* as feat_size='):
         loop(model, images(*size))
 
 
 def test_a_stem_that_takes_any_size_does_not_tell_the_grid():
     model = timm_mrla.attach(timm.create_model('vit_tiny_r_s16_p8_224', img_size=64, depth=1))
-    with pytest.raises(ValueError, match='several sizes'):
+    with pytest.raises(ValueError, match='do not tell the grid of their patches'):
         model.blocks(model._pos_embed(model.patch_embed(images(64, 64))))
 
 
@@ -114,9 +114,12 @@ def test_prompt_tokens_that_the_model_counts():
     assert torch.equal(with_prompts(model), with_prompts(plain))
 
 
-@pytest.mark.parametrize('name', ['deit_tiny_mrlab', 'ceit_tiny_mrla'])
-def test_a_loop_of_ones_own_over_other_blocks_says_what_a_block_needs(name):
-    with pytest.raises(ValueError, match=r'feat_size=\(H, W\)'):
+@pytest.mark.parametrize(
+    ('name', 'error', 'message'),
+    [('deit_tiny_mrlab', TypeError, r'x, \*memory = block'), ('ceit_tiny_mrla', ValueError, r'feat_size=\(H, W\)')],
+)
+def test_a_loop_of_ones_own_over_other_blocks_says_what_a_block_needs(name, error, message):
+    with pytest.raises(error, match=message):
         loop(create(name), images())
 
 
@@ -150,24 +153,20 @@ def test_wrapped_blocks_never_take_one_grid_for_another(wrap):
     expected = model(x)
     model.blocks[1] = wrap(model.blocks[1])
     if wrap is WRAPPERS['sequential']:
-        with pytest.raises(ValueError, match=r'do not tell their grid, .* a wrapper gets them if it has'):
+        with pytest.raises(
+            ValueError, match=r'do not tell the grid of their patches: .* a wrapper of a block'
+        ):
             model(x)
     else:
         assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize(
-    ('name', 'error', 'message'),
-    [
-        ('deit_tiny_mrlab', ValueError, r'call with feat_size=\(H, W\)'),
-        ('resnet18_mrlab', TypeError, r'a wrapper gets the memory if it has the attribute `mrla`'),
-    ],
-)
-def test_a_hidden_block_of_memory_is_refused(name, error, message):
+@pytest.mark.parametrize('name', ['deit_tiny_mrlab', 'resnet18_mrlab'])
+def test_a_hidden_block_of_memory_is_refused(name):
     model = create(name)
     stage = model.blocks if 'deit' in name else model.layer1
     stage[1] = nn.Sequential(stage[1], nn.Identity())
-    with pytest.raises(error, match=message):
+    with pytest.raises(TypeError, match='a wrapper gets the memory if it has the attribute `mrla`'):
         model(images())
 
 

@@ -49,6 +49,7 @@ class _Mrla(nn.Module):
     # fast_path(layer, *args of forward) returns forward's result, or None; timm_mrla/ops/__init__.py sets it
     fast_path: Callable[..., Any] | None = None
     num_prefix_tokens: int | None = None  # how many come before the patches, in the layout NLC; None: any number
+    grid: Grid = None  # of tokens, where a call gives none; None: each call must give one
     recompute = False  # True: backward computes the branch again instead of saving its tensors
 
     def __init__(
@@ -104,10 +105,11 @@ class _Mrla(nn.Module):
             raise ValueError(f'{norm} has no weight that could be zero')
         return scales
 
-    def check_tokens(self, x: torch.Tensor, feat_size: Grid) -> None:
-        """Raise ValueError if tokens [B, N, C] are others than the model's prefix tokens and the patches of a grid."""
+    def grid_of(self, x: torch.Tensor, feat_size: Grid) -> Grid:
+        """The grid of tokens [B, N, C]; ValueError if they are not the model's prefix tokens and the grid's patches."""
+        feat_size = feat_size or self.grid
         if self.num_prefix_tokens is None or feat_size is None or isinstance(x, torch.fx.Proxy):
-            return
+            return feat_size
         P, (H, W) = self.num_prefix_tokens, feat_size
         if x.shape[1] != P + H * W:
             raise ValueError(
@@ -115,6 +117,7 @@ class _Mrla(nn.Module):
                 'feat_size=(H, W), and add tokens only before them, counted in the num_prefix_tokens that a model has '
                 'when it gets layer attention'
             )
+        return feat_size
 
     def join(self, m: torch.Tensor, prefix: torch.Tensor | None) -> torch.Tensor:
         """Convert m to the layout of x. Prefix tokens become the normed prefix in the form `pre`, zeros in `post`."""
@@ -190,8 +193,7 @@ class MrlaLight(_Mrla):
         Returns:
             x plus the residual branch.
         """
-        self.check_tokens(x, feat_size)
-        args = (x, o, feat_size)
+        args = (x, o, self.grid_of(x, feat_size))
         if self.fast_path and (out := self.fast_path(self, *args)) is not None:
             return out
         return x + self.drop_path(recompute(self, self.branch, *args) if self.recompute else self.branch(*args))
@@ -241,7 +243,7 @@ class MrlaBase(_Mrla):
         Returns:
             x plus the residual branch, and the memory for the next block.
         """
-        self.check_tokens(x, feat_size)
+        feat_size = self.grid_of(x, feat_size)
         if self.fast_path and (out := self.fast_path(self, x, memory, feat_size)) is not None:
             return out
         args = (x, feat_size, *memory)

@@ -19,7 +19,10 @@ def to_map(x: torch.Tensor, layout: str, feat_size: Grid = None) -> tuple[torch.
     if layout == 'NHWC':
         return x.permute(0, 3, 1, 2), None
     if feat_size is None:
-        raise ValueError(f'tokens {[*x.shape]} do not tell the grid of their patches: call with feat_size=(H, W)')
+        raise ValueError(
+            f'tokens {[*x.shape]} do not tell the grid of their patches: pass its rows and columns as '
+            'feat_size=(H, W); a wrapper of a block gets them if it has the attribute `mrla` of the block'
+        )
     H, W = feat_size
     P = x.shape[1] - H * W
     x, prefix = (x[:, P:], x[:, :P]) if isinstance(P, torch.fx.Proxy) or P else (x, None)  # a proxy: P is unknown

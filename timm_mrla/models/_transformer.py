@@ -6,24 +6,9 @@ import torch
 from timm.layers import PatchEmbed
 from torch import nn
 
-from timm_mrla.layers import Grid, layer_attentions
-from timm_mrla.models._graft import Host, LightBlock
+from timm_mrla.layers import layer_attentions
+from timm_mrla.models._graft import Host
 from timm_mrla.models._loops import SelfWithOverrides, with_grid
-
-
-class TokenBlock(LightBlock):
-    """A block with MRLA-light. Without `feat_size`, it assumes the model's own grid, for users' loops over blocks."""
-
-    own_grid: Grid = None  # None if the model takes images of several sizes
-
-    def forward(self, x: torch.Tensor, *args, feat_size: Grid = None, **kwargs) -> torch.Tensor:
-        if feat_size is None and self.own_grid is None:
-            raise ValueError(
-                f'{x.shape[1]} tokens do not tell their grid, as the model takes images of several sizes: call the '
-                'block as block(x, feat_size=(H, W)), with the rows and columns of its patches; a wrapper gets them if '
-                'it has the attribute `mrla` of its block'
-            )
-        return super().forward(x, *args, feat_size=feat_size or self.own_grid, **kwargs)
 
 
 class GridHost(Host):
@@ -35,21 +20,16 @@ class GridHost(Host):
         super().convert(module)
         module.set_own_tokens()
 
-    def own_grid(self) -> Grid:
-        """The grid (H, W) of the model's own input size; None if it takes other sizes too."""
-        stem = self.patch_embed
-        return stem.grid_size if isinstance(stem, PatchEmbed) and stem.strict_img_size else None
-
     def set_own_tokens(self) -> None:
-        """Tell blocks the model's number of prefix tokens, and the grid that they assume by default."""
+        """Tell layers the model's number of prefix tokens, and its grid, which they assume in users' loops."""
+        stem = self.patch_embed
+        takes_one_size = isinstance(stem, PatchEmbed) and stem.strict_img_size
         for layer in layer_attentions(self.blocks).values():
             layer.num_prefix_tokens = self.num_prefix_tokens
-        for block in self.blocks.modules():
-            if isinstance(block, TokenBlock):
-                block.own_grid = self.own_grid()
+            layer.grid = stem.grid_size if takes_one_size else None
 
     def set_input_size(self, *args, **kwargs) -> None:
-        """Change the input size as timm does, and the grid that blocks assume."""
+        """Change the input size as timm does, and the grid that layers assume."""
         super().set_input_size(*args, **kwargs)
         self.set_own_tokens()
 

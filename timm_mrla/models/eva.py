@@ -2,8 +2,8 @@
 
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._transformer import GridHost, TokenBlock
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._transformer import GridHost
 
 
 class MrlaEva(GridHost, Eva):
@@ -13,4 +13,4 @@ class MrlaEva(GridHost, Eva):
 
 
 _recipe = Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))
-TokenBlock.define(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), _recipe))
+LightBlock.define(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), _recipe))

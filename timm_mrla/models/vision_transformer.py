@@ -5,8 +5,8 @@ from functools import partial
 from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models import vision_transformer as vit
 
-from timm_mrla.models._graft import Recipe
-from timm_mrla.models._transformer import GridHost, TokenBlock
+from timm_mrla.models._graft import LightBlock, Recipe
+from timm_mrla.models._transformer import GridHost
 
 
 class MrlaVisionTransformer(GridHost, VisionTransformer):
@@ -30,4 +30,4 @@ _blocks = {
     vit.DiffParallelScalingBlock: _recipe('in_norm'),
     vit.ParallelThingsBlock: _recipe('attns.0.norm'),
 }
-TokenBlock.define(__name__, _blocks)
+LightBlock.define(__name__, _blocks)
