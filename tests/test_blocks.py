@@ -153,9 +153,7 @@ def test_wrapped_blocks_never_take_one_grid_for_another(wrap):
     expected = model(x)
     model.blocks[1] = wrap(model.blocks[1])
     if wrap is WRAPPERS['sequential']:
-        with pytest.raises(
-            ValueError, match=r'do not tell the grid of their patches: .* a wrapper of a block'
-        ):
+        with pytest.raises(ValueError, match=r'do not tell the grid of their patches: .* a wrapper of a block'):
             model(x)
     else:
         assert torch.equal(model(x), expected)
