@@ -1,4 +1,4 @@
-"""Tests of evaluation mode without gradients, in which layers of the form `post` fold their norm at each call."""
+"""Tests of evaluation mode without gradients: batch norms are folded at each call, and sums are in place."""
 
 import copy
 
@@ -6,14 +6,21 @@ import pytest
 import torch
 from slow import slow_except
 from test_reparameterize import CASES, setting, stage
+from timm.layers import LayerNorm2d
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.ops.reasons import path
 
 every_layer = pytest.mark.parametrize('layer', [MrlaLight, MrlaBase])
 LAYOUTS = {name: case for name, case in CASES.items() if case.get('layout') != 'NLC'}
 every_case = pytest.mark.parametrize('case', LAYOUTS.values(), ids=LAYOUTS)
+PRE = {
+    name: {**case, 'form': 'pre', 'norm_layer': nn.LayerNorm if case.get('layout') else LayerNorm2d}
+    for name, case in CASES.items()
+}
+every_pre = pytest.mark.parametrize('case', PRE.values(), ids=PRE)
 
 
 @pytest.fixture
@@ -48,6 +55,34 @@ def test_results_are_those_of_the_plain_layer(layer, case, dtype, tolerance, cal
         torch.testing.assert_close(y, z, rtol=tolerance, atol=tolerance * z.std().item())
         assert y.stride() == z.stride()
     assert all(map(torch.equal, inputs, held))
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@every_pre
+@every_layer
+def test_results_of_the_form_pre_are_those_of_the_plain_layer(layer, case, dtype, tolerance):
+    blocks, _, inputs = setting(layer, dtype=dtype, **case)
+    expected, held = [y.detach() for y in stage(blocks, inputs)], [x.clone() for x in inputs]
+    outputs = without_gradients(blocks, inputs)
+    other = inputs[1] if layer is MrlaLight else ()
+    with torch.no_grad():
+        assert path(blocks[0], inputs[0], other) == 'in place'
+        with torch.autocast('cpu', torch.bfloat16):
+            assert path(blocks[0], inputs[0], other) == 'plain'
+    for y, z in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(y, z, rtol=tolerance, atol=tolerance * z.std().item())
+        assert y.stride() == z.stride()
+    assert all(map(torch.equal, inputs, held))
+
+
+@every_pre
+@every_layer
+def test_zero_output_scales_of_the_form_pre_leave_the_bits(layer, case):
+    blocks, _, inputs = setting(layer, dtype=torch.float32, **case)
+    for block in blocks:
+        for scale in block.output_scales():
+            nn.init.zeros_(scale)
+    assert all(map(torch.equal, without_gradients(blocks, inputs)[:3], inputs[::2]))
 
 
 @pytest.mark.parametrize('batch', [0, 2])

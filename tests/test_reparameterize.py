@@ -76,12 +76,13 @@ def setting(
     dtype=torch.float64,
     memory_format=torch.contiguous_format,
     norm_layer=nn.BatchNorm2d,
+    form='post',
     seed=0,
     **kwargs,
 ):
     """Three blocks, the same blocks folded, and their inputs."""
     torch.manual_seed(seed)
-    blocks = nn.ModuleList(layer(DIM, 8, norm_layer, 'post', layout, **kwargs) for _ in range(3))
+    blocks = nn.ModuleList(layer(DIM, 8, norm_layer, form, layout, **kwargs) for _ in range(3))
     blocks = randomize(blocks).to(dtype).to(memory_format=memory_format).eval()
     H, W = SIZE
     shape = {'NCHW': (DIM, H, W), 'NHWC': (H, W, DIM), 'NLC': (num_prefix + H * W, DIM)}[layout]

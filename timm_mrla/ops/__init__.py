@@ -13,7 +13,7 @@ __all__ = ['fused', 'reason', 'set_fused']
 def fused(
     layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory, feat_size: Grid = None
 ) -> torch.Tensor | tuple[torch.Tensor, Memory] | None:
-    """Run a layer without calling its submodules one by one: in the kernels, or folded. None if it cannot.
+    """Run a layer in the kernels, or without gradients with sums in place. None if neither is possible.
 
     other: the shortcut of MRLA-light, or the memory of MRLA-base.
     """

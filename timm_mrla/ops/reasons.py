@@ -173,16 +173,17 @@ def is_rms_norm(norm: nn.Module) -> bool:
 
 def _norms(layer: nn.Module, x: torch.Tensor) -> str:
     """Which norm of the form `pre` the kernels cannot compute; empty if none."""
-    for name, norm in (('norm_x', layer.norm_x), ('norm_o', getattr(layer, 'norm_o', nn.Identity()))):
-        if name == 'norm_o' and type(norm) is nn.Identity:
-            continue
+    norms = {'norm_x': layer.norm_x}
+    if isinstance(layer, MrlaLight) and type(layer.norm_o) is not nn.Identity:
+        norms['norm_o'] = layer.norm_o
+    for name, norm in norms.items():
         if type(norm) not in (nn.LayerNorm, LayerNorm, LayerNorm2d) and not is_rms_norm(norm):
             return f'{name} is {type(norm).__name__}'
         if norm.weight is None or norm.weight.shape != (layer.v.out_channels,):
             return f'{name} has no weight for each channel'
         if norm.eps != layer.norm_x.eps or type(norm) is not type(layer.norm_x):
             return f'{name} is another norm than norm_x'
-        if getattr(norm, '_fast_norm', False):
+        if vars(norm).get('_fast_norm'):
             return "timm's fast norm is on"
     if is_rms_norm(layer.norm_x) and x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return 'norm_x is an RMS norm of maps in half precision under autocast'
@@ -227,11 +228,15 @@ def is_folded(layer: nn.Module) -> bool:
     return type(layer.norm) is Affine
 
 
-def _folds(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
-    """Whether a layer is evaluated without gradients, and its norm can be folded into vectors of channels."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or layer.form != 'post':  # compiled, plain is as fast
+def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
+    """Whether a layer is evaluated without gradients, and its sums can be in place."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
         return False
-    if not is_folded(layer) and (layer.drop_path.training or not _is_batch_norm(layer.norm) or uses_batch(layer.norm)):
+    if not is_folded(layer) and layer.drop_path.training:
+        return False
+    if layer.form == 'post' and not (is_folded(layer) or (_is_batch_norm(layer.norm) and not uses_batch(layer.norm))):
+        return False
+    if layer.form == 'pre' and torch.is_autocast_enabled(x.device.type):  # it may run norms in float32
         return False
     maps = other[1::2] if isinstance(layer, MrlaBase) else (other,)
     return all(type(t) is torch.Tensor and t.dtype == x.dtype for t in maps) and value_dtype(x) == x.dtype
@@ -288,10 +293,10 @@ def reason(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory = (),
 
 
 def path(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
-    """How a layer runs: in the 'kernels'; 'folded', its norm folded in this call; or 'plain'."""
+    """How a layer runs: in the 'kernels'; 'in place', without gradients; or 'plain'."""
     if _class(layer, x):
         return 'plain'
-    no_kernels, otherwise = _device(x), 'folded' if _folds(layer, x, other) else 'plain'
+    no_kernels, otherwise = _device(x), 'in place' if _infers(layer, x, other) else 'plain'
     if (no_kernels and otherwise == 'plain') or _calls(layer, x, other):
         return 'plain'
     return otherwise if no_kernels or _kernels(layer, x, other) else 'kernels'
