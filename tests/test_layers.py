@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from timm_mrla.layers import MrlaBase, MrlaLight
-from timm_mrla.layers.weights import LightWeights
+from timm_mrla.layers.query_key import Gate
 
 DIM, HEAD = 32, 8
 DD = {'dtype': torch.float64}
@@ -301,7 +301,7 @@ def test_precisions_and_memory_formats(layer, form, dtype, memory_format, batch)
 
 
 def test_float16_holds_the_mean_of_a_large_map():
-    attn = LightWeights(DIM, HEAD)
+    attn = Gate(DIM, HEAD)
     nn.init.constant_(attn.qk.weight[0], 0.01)
     nn.init.constant_(attn.qk.weight[1], -0.01)
     x = torch.full((1, DIM, 100, 100), 10.0)  # 1e5 in sum, beyond float16
@@ -310,7 +310,7 @@ def test_float16_holds_the_mean_of_a_large_map():
 
 def test_channels_have_the_weights_of_their_heads():
     weights = torch.randn(2, 3)
-    out = LightWeights(12, 4).per_channel(weights, 12)
+    out = Gate(12, 4).per_channel(weights, 12)
     assert out.shape == (2, 12, 1, 1)
     for c in range(12):
         assert torch.equal(out[:, c, 0, 0], weights[:, c // 4])

@@ -37,7 +37,7 @@ from slow import slow_except
 
 from timm_mrla import attach, set_fused
 from timm_mrla.hub import save_pretrained
-from timm_mrla.layers.weights import LightWeights
+from timm_mrla.layers.query_key import Gate
 from timm_mrla.models import BACKBONES
 
 SHAPES = {  # of tensors that the code of a page makes
@@ -223,7 +223,7 @@ def test_the_readme_is_short():
 def test_the_widths_of_kernels():
     """3 up to 127 channels, 5 from 128 to 2047, 7 from 2048 on."""
     for dim in (16, 64, 127, 128, 512, 2047, 2048):
-        assert LightWeights(dim, 1).qk.kernel_size == (1, 3 if dim < 128 else 5 if dim < 2048 else 7)
+        assert Gate(dim, 1).qk.kernel_size == (1, 3 if dim < 128 else 5 if dim < 2048 else 7)
 
 
 @pytest.mark.slow

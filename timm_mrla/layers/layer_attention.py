@@ -35,8 +35,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_mrla.layers.folding import Affine, fold, is_foldable
 from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
+from timm_mrla.layers.query_key import Gate, Memory, Scores
 from timm_mrla.layers.recompute import recompute
-from timm_mrla.layers.weights import BaseWeights, LightWeights, Memory
 
 FORMS = ('post', 'pre')
 
@@ -136,7 +136,7 @@ class _Mrla(nn.Module):
 class MrlaLight(_Mrla):
     """MRLA-light, linear in the number of blocks: `x = mrla(x, o)`."""
 
-    attn_layer = LightWeights
+    attn_layer = Gate
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class MrlaBase(_Mrla):
     [B, C, H, W]. Each block returns it for the next; no module stores it. It is empty at the start of a stage.
     """
 
-    attn_layer = BaseWeights
+    attn_layer = Scores
 
     def branch(self, x: torch.Tensor, feat_size: Grid, *memory: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The residual branch before drop_path, and the block's key and value."""

@@ -14,7 +14,7 @@ from torch import nn
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
 from timm_mrla.layers.folding import Affine
 from timm_mrla.layers.layout import is_exporting
-from timm_mrla.layers.weights import BaseWeights, LightWeights
+from timm_mrla.layers.query_key import Gate, Scores
 from timm_mrla.switches import is_on
 
 _enabled = is_on('TIMM_MRLA_FUSED', os.environ.get('TIMM_MRLA_FUSED', 'on'))
@@ -144,7 +144,7 @@ def _children(layer: nn.Module) -> str:
     if why := _submodule(layer) or _parameters(layer):
         return why
     attn = layer.attn
-    if type(attn) not in (LightWeights, BaseWeights) or type(attn.qk) is not QueryKey:
+    if type(attn) not in (Gate, Scores) or type(attn.qk) is not QueryKey:
         return f'attn.qk is {type(attn.qk).__name__}'
     return ''
 

@@ -1,4 +1,4 @@
-"""Computes the weights of layer attention from queries and keys: the gate of MRLA-light, the scores of MRLA-base."""
+"""Queries and keys of layer attention, and what follows from them: the gate of MRLA-light, the scores of MRLA-base."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ class QueryKey(nn.Conv2d):
     """The 1-d convolutions of query and key, for any number of channels. Its own class, so that pruners can skip it."""
 
 
-class _Weights(nn.Module):
-    """Base class: computes query and key of a map."""
+class _Heads(nn.Module):
+    """Base class: computes the query and the key of a map for each head."""
 
     def __init__(self, dim: int, dim_head: int, device=None, dtype=None) -> None:
         """
@@ -51,14 +51,14 @@ class _Weights(nn.Module):
         return weights.unsqueeze(-1).expand(-1, -1, dim // self.num_heads).flatten(1)[:, :, None, None]
 
 
-class LightWeights(_Weights):
+class Gate(_Heads):
     """The gate of MRLA-light, `sigmoid(<q, k> / sqrt(d))`: map [B, C, H, W] and dim (C) -> gate [B, heads]."""
 
     def forward(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.mul(*self.query_key(x, dim)).sum(-1).sigmoid()
 
 
-class BaseWeights(_Weights):
+class Scores(_Heads):
     """The scores of MRLA-base: `<q_t, k_s> / sqrt(d)` for the blocks s <= t of the stage, before the softmax over s.
 
     Map [B, C, H, W], dim (C) and the keys of blocks s < t -> scores [B, heads, t + 1] and the key of block t. MrlaBase
