@@ -44,27 +44,13 @@ class GridHost(Host):
         """The `self` of timm's methods for one forward pass on a grid (H, W)."""
         return SelfWithOverrides(self, blocks=with_grid(self.blocks, feat_size))
 
-    def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
-        """Change the tokens [B, P + N, C] that timm's method returns, if a subclass must."""
-        return x
-
-    def _start(self, x: torch.Tensor) -> SelfWithOverrides:
-        drops = getattr(getattr(self, 'patch_drop', None), 'training', False)
-        if drops and (reason := self.unsupported(self)):  # patch_drop was set after the model was built
-            raise ValueError(reason)
-        return self.stand_in(self.patch_embed.dynamic_feat_size(x.shape[-2:]))
-
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """timm's method, with the grid for the blocks."""
-        call = self._start(x)
-        return self.finish(call, self.stock.forward_features(call, x, *args, **kwargs))
+        return self.stock.forward_features(self._stand_in_for(x), x, *args, **kwargs)
 
     def forward_intermediates(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """timm's method, with the grid for the blocks."""
-        call = self._start(x)
-        out = self.stock.forward_intermediates(call, x, *args, **kwargs)
-        if isinstance(out, tuple):
-            return self.finish(call, out[0]), out[1]
-        if isinstance(out, dict) and 'image_features' in out:
-            out['image_features'] = self.finish(call, out['image_features'])
-        return out
+        return self.stock.forward_intermediates(self._stand_in_for(x), x, *args, **kwargs)
+
+    def _stand_in_for(self, x: torch.Tensor) -> SelfWithOverrides:
+        return self.stand_in(self.patch_embed.dynamic_feat_size(x.shape[-2:]))

@@ -148,7 +148,10 @@ class Ceit(GridHost, VisionTransformer):
         return taken
 
     def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:
-        """The `self` of timm's methods for one forward pass on a grid (H, W); it collects class tokens in `tokens`."""
+        """The `self` of timm's methods for one forward pass on a grid (H, W).
+
+        The final norm replaces the class token by the result of the attention over the class tokens of all layers.
+        """
         tokens = []
 
         def keep(block: nn.Module, x: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -157,16 +160,14 @@ class Ceit(GridHost, VisionTransformer):
             tokens.append(x[:, :1].clone())  # a view would keep all of x alive
             return x
 
-        blocks = FunctionList([partial(keep, block) for block in self.blocks])
-        return SelfWithOverrides(self, tokens=tokens, grad_checkpointing=False, blocks=blocks)
+        def norm(x: torch.Tensor) -> torch.Tensor:
+            if self.lca is None:
+                return self.norm(x)
+            last = self.lca(torch.cat(tokens, dim=1) + self.pos_layer_embed[:, : len(tokens)])
+            return torch.cat([self.norm(last), self.norm(x)[:, 1:]], dim=1)
 
-    def finish(self, call: SelfWithOverrides, x: torch.Tensor) -> torch.Tensor:
-        """Replace the class token by the result of the attention over layers."""
-        if self.lca is None:
-            return x
-        tokens = [token + self.pos_layer_embed[:, i : i + 1] for i, token in enumerate(call.tokens)]
-        last = self.lca(torch.cat(tokens, dim=1))
-        return torch.cat([self.norm(last), x[:, 1:]], dim=1)
+        blocks = FunctionList([partial(keep, block) for block in self.blocks])
+        return SelfWithOverrides(self, blocks=blocks, norm=norm, grad_checkpointing=False)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
