@@ -173,19 +173,20 @@ def is_rms_norm(norm: nn.Module) -> bool:
 
 def _norms(layer: nn.Module, x: torch.Tensor) -> str:
     """Which norm of the form `pre` the kernels cannot compute; empty if none."""
-    norms = {'norm_x': layer.norm_x}
+    norm_x, channels = layer.norm_x, layer.v.out_channels
+    norms = {'norm_x': norm_x}
     if isinstance(layer, MrlaLight) and type(layer.norm_o) is not nn.Identity:
         norms['norm_o'] = layer.norm_o
     for name, norm in norms.items():
         if type(norm) not in (nn.LayerNorm, LayerNorm, LayerNorm2d) and not is_rms_norm(norm):
             return f'{name} is {type(norm).__name__}'
-        if norm.weight is None or norm.weight.shape != (layer.v.out_channels,):
+        if (weight := norm.weight) is None or weight.shape != (channels,):
             return f'{name} has no weight for each channel'
-        if norm.eps != layer.norm_x.eps or type(norm) is not type(layer.norm_x):
+        if norm.eps != norm_x.eps or type(norm) is not type(norm_x):
             return f'{name} is another norm than norm_x'
         if vars(norm).get('_fast_norm'):
             return "timm's fast norm is on"
-    if is_rms_norm(layer.norm_x) and x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+    if is_rms_norm(norm_x) and x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
         return 'norm_x is an RMS norm of maps in half precision under autocast'
     return ''
 
