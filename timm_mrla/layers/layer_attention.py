@@ -107,7 +107,7 @@ class _Mrla(nn.Module):
 
     def grid_of(self, x: torch.Tensor, feat_size: Grid) -> Grid:
         """The grid of tokens [B, N, C]; ValueError if they are not the model's prefix tokens and the grid's patches."""
-        feat_size = feat_size or self.grid
+        feat_size = self.grid if feat_size is None else feat_size  # a proxy has no truth value
         if self.num_prefix_tokens is None or feat_size is None or isinstance(x, torch.fx.Proxy):
             return feat_size
         P, (H, W) = self.num_prefix_tokens, feat_size
