@@ -50,7 +50,7 @@ def plot_comparison(results: dict[str, Any]) -> Figure:
     right.axvline(0, color='darkorange', zorder=0)
     right.set(yticks=range(len(rows)), ylim=(max(len(rows), 1) - 0.5, -0.5), xlabel=f'{metric}, difference to plain')
     right.set_yticklabels([re.sub('[.+]', '\n', row['model']) for row in rows], fontsize=8)
-    right.set_title('differences by seed; mean and 95 % interval', fontsize=10, loc='left')
+    right.set_title('by seed; mean and 95 % interval', fontsize=10, loc='left')
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=9)
     for ax in (left, right):
         ax.spines[['top', 'right']].set_visible(False)
