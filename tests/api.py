@@ -25,7 +25,9 @@ def api_page() -> str:
         public = [(key, getattr(module, key)) for key in sorted(module.__all__)]
         for key, obj in public:
             # torch's own signatures differ between its versions
-            if inspect.isfunction(obj) or (inspect.isclass(obj) and obj.__init__.__module__.startswith('timm_mrla')):
+            if inspect.isfunction(obj) or (
+                inspect.isclass(obj) and 'timm_mrla' in getattr(obj.__init__, '__module__', '')
+            ):
                 parts.append(f'- `{key}{_signature(obj)}`\n\n  {inspect.getdoc(obj).splitlines()[0]}')
     return '\n\n'.join(parts) + '\n'
 

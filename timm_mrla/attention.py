@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_mrla.hooks import NOT_RUN, run_with_hooks
 from timm_mrla.layers import MrlaBase, layer_attentions, to_map
-from timm_mrla.layers.folding import Affine
+from timm_mrla.layers.folding import is_folded
 from timm_mrla.state_dict import WRAPPERS
 
 __all__ = ['AttentionWeights', 'LayerAttention', 'feature_maps', 'layer_attention', 'output_scales']
@@ -31,7 +31,7 @@ LayerAttention = AttentionWeights  # its earlier name
 def layers_by_block(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attentions of a model, by the names of their blocks; by their own names if a block has several."""
     found = {WRAPPERS.sub('', name): layer for name, layer in layer_attentions(model).items()}
-    if any(isinstance(layer.norm, Affine) for layer in found.values()):
+    if any(map(is_folded, found.values())):
         raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
     if not found:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from timm_mrla.checks import check_metrics, check_mrla_name
 from timm_mrla.layers import MrlaLight, layer_attentions
+from timm_mrla.layers.folding import is_folded
 from timm_mrla.models import is_lost, weights_source
 
 __all__ = ['IMAGE_MODES', 'INSTALL', 'check_trainable', 'model_card']
@@ -24,7 +25,7 @@ def check_trainable(model: nn.Module) -> None:
     if 'classifier' not in model.pretrained_cfg:
         raise ValueError('a feature extractor has no classifier: save the whole model, without features_only')
     check_mrla_name(model.pretrained_cfg['architecture'])
-    if not layer_attentions(model):
+    if any(map(is_folded, layer_attentions(model).values())):
         raise ValueError('a reparameterized model is for inference alone; save the one that it was made from')
     if lost := [name for name, module in model.named_modules() if is_lost(module)]:
         raise ValueError(f'the class of {", ".join(lost)} was changed, so its layer attention was never trained')

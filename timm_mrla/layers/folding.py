@@ -17,6 +17,11 @@ class Affine(nn.Module):
         return x + bias if scale is None else x * scale + bias
 
 
+def is_folded(layer: nn.Module) -> bool:
+    """Whether the norm of a layer attention was folded."""
+    return isinstance(layer.norm, Affine)
+
+
 def is_foldable(norm: nn.Module) -> bool:
     """Whether a norm in evaluation mode only multiplies each channel by a scale and adds a bias."""
     is_linear = isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity)

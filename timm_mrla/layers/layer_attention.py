@@ -33,7 +33,7 @@ from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_mrla.layers.folding import Affine, fold, is_foldable
+from timm_mrla.layers.folding import Affine, fold, is_foldable, is_folded
 from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
 from timm_mrla.layers.query_key import Gate, Memory, Scores
 from timm_mrla.layers.recompute import recompute
@@ -204,7 +204,7 @@ class MrlaLight(_Mrla):
         if is_foldable(self.norm_v):
             self.v, self.norm_v = fuse_conv_bn_eval(self.v.eval(), self.norm_v.eval()), nn.Identity()
         super().fuse()
-        if isinstance(self.norm, Affine) and (scale := self.norm.weight) is not None:
+        if is_folded(self) and (scale := self.norm.weight) is not None:
             self.norm.weight, self.lam = None, nn.Parameter(self.lam * scale)
             self.v.weight = nn.Parameter(self.v.weight * scale[:, None, None, None])
             if self.v.bias is not None:

@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight
+from timm_mrla.layers.folding import is_folded
 from timm_mrla.ops.base_functions import base, base_folded
 from timm_mrla.ops.light_functions import light_folded, light_post, light_pre
 from timm_mrla.ops.light_post import MEAN, VAR
-from timm_mrla.ops.reasons import drops_paths, is_folded, is_rms_norm, uses_batch, value_dtype
+from timm_mrla.ops.reasons import drops_paths, is_rms_norm, uses_batch, value_dtype
 
 
 def _qk(layer: nn.Module) -> torch.Tensor:

@@ -14,8 +14,8 @@ from timm.layers import DropPath, RmsNorm
 from torch import nn
 
 from timm_mrla.layers import MrlaBase, MrlaLight
+from timm_mrla.layers.folding import is_folded
 from timm_mrla.ops.dispatch import run
-from timm_mrla.ops.reasons import is_folded
 
 _logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d, DropPath, LayerNorm, LayerNorm2d, RmsNor
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
-from timm_mrla.layers.folding import Affine
+from timm_mrla.layers.folding import is_folded
 from timm_mrla.layers.layout import is_exporting
 from timm_mrla.layers.query_key import Gate, Scores
 from timm_mrla.switches import is_on
@@ -224,14 +224,9 @@ def _activations(layer: nn.Module) -> str:
     return '' if (exact if layer.form == 'pre' else type(layer.act_v) is nn.Identity) else f'act_v is {layer.act_v}'
 
 
-def is_folded(layer: nn.Module) -> bool:
-    """Whether the norm of a layer was folded for inference."""
-    return type(layer.norm) is Affine
-
-
 def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
     """Whether a layer is evaluated without gradients, and its sums can be in place."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
+    if torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
         return False
     if not is_folded(layer) and layer.drop_path.training:
         return False
