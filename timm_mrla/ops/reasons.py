@@ -207,7 +207,9 @@ def _parts(layer: nn.Module, x: torch.Tensor) -> str:
         return _norms(layer, x)
     if layer.layout == 'NLC':
         return 'it is of the form post on tokens'
-    if not (_is_batch_norm(norm) or is_folded(layer)):
+    if is_folded(layer):
+        return ''
+    if not _is_batch_norm(norm):
         return f'norm is {type(norm).__name__}'
     if norm.training and x.numel() == x.shape[1]:
         return 'its batch has one value for each channel, of which there is no variance'
@@ -226,7 +228,9 @@ def _activations(layer: nn.Module) -> str:
 
 def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
     """Whether a layer is evaluated without gradients, and its sums can be in place."""
-    if torch.is_grad_enabled() or x.is_meta or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled, the plain layer is as fast
+        return False
+    if x.is_meta:  # torch 2.9 cannot tell whether autocast is on there
         return False
     if not is_folded(layer) and layer.drop_path.training:
         return False
