@@ -119,7 +119,9 @@ class Recursion(nn.Module):
 
     def __init__(self, depth):
         super().__init__()
-        self.blocks = nn.ModuleList(MrlaLight(8, 4, nn.Identity, 'pre', norm_v=nn.BatchNorm2d) for _ in range(depth))
+        self.blocks = nn.ModuleList(MrlaLight(8, 4, nn.Identity, 'pre') for _ in range(depth))
+        for mrla in self.blocks:
+            mrla.norm_v = nn.BatchNorm2d(8)
 
     def forward(self, x):
         o = x[:, :8]

@@ -199,8 +199,11 @@ def test_post_in_nhwc(fuse):
         assert_close('output', expected, layer(x, o), 1e-5)
 
 
-def pre(dim, heads, norm=LayerNorm, layout='NLC', dtype=torch.float32, **kwargs):
-    return draw(MrlaLight(dim, dim // heads, norm, 'pre', layout, **kwargs), dtype)
+def pre(dim, heads, norm=LayerNorm, layout='NLC', dtype=torch.float32, norm_o=True, **kwargs):
+    layer = MrlaLight(dim, dim // heads, norm, 'pre', layout, **kwargs)
+    if not norm_o:
+        layer.norm_o = nn.Identity()
+    return draw(layer, dtype)
 
 
 def without_bias(dim, **kwargs):

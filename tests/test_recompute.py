@@ -21,18 +21,25 @@ import timm_mrla  # noqa: F401
 from timm_mrla.layers import MrlaBase, MrlaLight
 
 DIM = 32
+
+
+def ceits(*args, dtype, **kwargs):
+    """MRLA-light with the norms of the paper's CeiT."""
+    layer = MrlaLight(*args, dtype=dtype, **kwargs)
+    layer.norm_o, layer.norm_v = nn.Identity(), nn.BatchNorm2d(DIM, dtype=dtype)
+    return layer
+
+
 TOKENS = {'norm_layer': nn.LayerNorm, 'form': 'pre', 'layout': 'NLC'}
 KINDS = {
     'light': partial(MrlaLight, DIM, 8, norm_layer=nn.BatchNorm2d),
-    'light with a normed value': partial(
-        MrlaLight, DIM, 8, norm_layer=LayerNorm2d, form='pre', norm_v=nn.BatchNorm2d, drop_path=0.5
-    ),
+    'light with a normed value': partial(ceits, DIM, 8, norm_layer=LayerNorm2d, form='pre', drop_path=0.5),
     'light, channels last': partial(MrlaLight, DIM, 8, norm_layer=nn.LayerNorm, form='pre', layout='NHWC'),
     'base': partial(MrlaBase, DIM, 8, norm_layer=nn.BatchNorm2d),
     'base, channels last': partial(MrlaBase, DIM, 8, norm_layer=nn.BatchNorm2d, layout='NHWC'),
     'light on tokens': partial(MrlaLight, DIM, 8, **TOKENS),
     'base on tokens': partial(MrlaBase, DIM, 8, **TOKENS),
-    'light on tokens with a normed value': partial(MrlaLight, DIM, 8, norm_v=nn.BatchNorm2d, norm_o=False, **TOKENS),
+    'light on tokens with a normed value': partial(ceits, DIM, 8, **TOKENS),
 }
 every_kind = pytest.mark.parametrize('kind', KINDS)
 

@@ -1,6 +1,7 @@
 """Folds a batch norm for inference, into a scale and a bias of channels."""
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 
@@ -22,10 +23,11 @@ def is_folded(layer: nn.Module) -> bool:
     return isinstance(layer.norm, Affine)
 
 
-def is_foldable(norm: nn.Module) -> bool:
-    """Whether a norm in evaluation mode only multiplies each channel by a scale and adds a bias."""
-    is_linear = isinstance(norm, nn.BatchNorm2d) and isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity)
-    return is_linear and norm.running_var is not None
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether a norm is a plain batch norm, without activation or dropout."""
+    if type(norm) is BatchNormAct2d:
+        return type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
+    return type(norm) is nn.BatchNorm2d
 
 
 def fold(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor]:

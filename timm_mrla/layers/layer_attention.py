@@ -31,9 +31,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_mrla.layers.folding import Affine, fold, is_foldable, is_folded
+from timm_mrla.layers.folding import Affine, fold, is_batch_norm, is_folded
 from timm_mrla.layers.layout import LAYOUTS, Grid, from_map, to_map
 from timm_mrla.layers.query_key import Gate, Memory, Scores
 from timm_mrla.layers.recompute import recompute
@@ -86,6 +85,10 @@ class _Mrla(nn.Module):
         self.norm = norm_layer(dim, **dd) if form == 'post' else nn.Identity()
         self.norm_x = norm_layer(dim, **dd) if form == 'pre' else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.add_parts(dim, norm_layer, **dd)
+
+    def add_parts(self, dim: int, norm_layer: Norm, device=None, dtype=None) -> None:
+        """Add the parts that a subclass alone has."""
 
     def extra_repr(self) -> str:
         """The arguments that `print(model)` shows."""
@@ -128,7 +131,7 @@ class _Mrla(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """Fold the batch norm for inference, in place; timm's `reparameterize_model` calls this."""
-        if is_foldable(self.norm):
+        if is_batch_norm(self.norm) and self.norm.running_var is not None:
             self.norm, self.drop_path = Affine(*fold(self.norm)), nn.Identity()
         return self
 
@@ -138,31 +141,11 @@ class MrlaLight(_Mrla):
 
     attn_layer = Gate
 
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int,
-        norm_layer: Norm,
-        form: str = 'post',
-        layout: str = 'NCHW',
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-        *,
-        norm_o: bool = True,
-        norm_v: Norm | None = None,
-    ) -> None:
-        """The arguments are those of MrlaBase, and:
-
-        Args:
-            norm_o: Whether to norm o too, in the form `pre`.
-            norm_v: Norm of the value, called with dim.
-        """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, dim_head, norm_layer, form, layout, drop_path, **dd)
-        self.norm_o = norm_layer(dim, **dd) if self.form == 'pre' and norm_o else nn.Identity()
-        self.norm_v = norm_v(dim, **dd) if norm_v else nn.Identity()
-        self.act_v = nn.GELU() if self.form == 'pre' else nn.Identity()
+    def add_parts(self, dim: int, norm_layer: Norm, device=None, dtype=None) -> None:
+        """Add lam, the norm and activation of the form `pre`, and a place for a norm of the value."""
+        is_pre, dd = self.form == 'pre', {'device': device, 'dtype': dtype}
+        self.norm_o = norm_layer(dim, **dd) if is_pre else nn.Identity()
+        self.norm_v, self.act_v = nn.Identity(), nn.GELU() if is_pre else nn.Identity()
         self.lam = nn.Parameter(torch.empty(dim, **dd))
         self.reset_parameters()
 
@@ -200,15 +183,11 @@ class MrlaLight(_Mrla):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """Fold the batch norms for inference, in place: their scales into v and lam."""
-        if is_foldable(self.norm_v):
-            self.v, self.norm_v = fuse_conv_bn_eval(self.v.eval(), self.norm_v.eval()), nn.Identity()
+        """Fold the batch norm for inference, in place: its scale into v and lam."""
         super().fuse()
         if is_folded(self) and (scale := self.norm.weight) is not None:
             self.norm.weight, self.lam = None, nn.Parameter(self.lam * scale)
             self.v.weight = nn.Parameter(self.v.weight * scale[:, None, None, None])
-            if self.v.bias is not None:
-                self.v.bias = nn.Parameter(self.v.bias * scale)
         return self
 
 

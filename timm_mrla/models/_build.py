@@ -52,10 +52,8 @@ def _sources(
     The configuration of a saved adapter has the tag of its backbone's weights, and `saved` is their fingerprint. An
     overlay that names weights, such as `file`, names the backbone's then.
     """
-    backbones_overlay = None
-    if saved and {*(overlay or {})} & {'file', 'url', 'hf_hub_id'}:
-        overlay, backbones_overlay = None, overlay
-    cfg = _resolve(name, pretrained_cfg, overlay)
+    names_backbone = bool(saved) and not {*(overlay or {})}.isdisjoint({'file', 'url', 'hf_hub_id'})
+    cfg = _resolve(name, pretrained_cfg, None if names_backbone else overlay)
     if not pretrained:
         return cfg, None
     if not (cfg.has_weights or cfg.state_dict):
@@ -64,7 +62,7 @@ def _sources(
         raise RuntimeError(f'No pretrained weights exist for {name}; {known}. Or use pretrained=False')
     starts_warm = weights.is_warm_start(cfg)
     if saved or (starts_warm and cfg.state_dict):  # an overlay with a state dict describes that state dict
-        return cfg, _resolve(name, cfg.tag, backbones_overlay)
+        return cfg, _resolve(name, cfg.tag, overlay if names_backbone else None)
     return cfg, cfg if starts_warm else None
 
 
@@ -72,7 +70,7 @@ def _sources(
 class _Builder:
     """Stands in for timm's `build_model_with_cfg`: adds layer attention to the model, and completes its weights."""
 
-    add_layers: Callable[[nn.Module], Any]  # to a plain model, in place
+    graft: Callable[[nn.Module], Any] | None  # adds layer attention to a plain model; None: the model's class does
     pretrained: bool
     cfg: PretrainedCfg  # of the weights
     backbone: PretrainedCfg | None  # of the weights that the backbone starts from, if they are timm's
@@ -89,13 +87,20 @@ class _Builder:
         return models.build_model_with_cfg(create, variant, self.pretrained, **kwargs)
 
     def create(self, model_cls: Entrypoint, pruned: str, **kwargs) -> nn.Module:
-        """Build the model with random weights."""
+        """Build the model with random weights, but a saved adapter with those of its backbone."""
         model = model_cls(**kwargs)
+        model.pretrained_cfg = (self.backbone or self.cfg).to_dict()
         if pruned:
-            model.pretrained_cfg = self.cfg.to_dict()
             model = adapt_model_from_file(model, pruned)
-        self.add_layers(model)
+        if self.graft:
+            self.graft(model)
         self.model = model
+        if self.saved and self.backbone:
+            try:
+                load_pretrained(model, None, model.num_classes, kwargs.get('in_chans', 3), self.fit_plain, strict=False)
+            except Exception as e:  # of the Hub's client, of torch, or of the check
+                source = weights.weights_source(self.backbone)
+                raise RuntimeError(f"the backbone's weights cannot be loaded from {source}: {e}") from e
         return model
 
     def convert(self, state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -106,53 +111,35 @@ class _Builder:
     def fit(self, state_dict: StateDict, model: nn.Module) -> StateDict:
         """Convert and complete a checkpoint; raise RuntimeError if it does not fit the model."""
         if self.saved:
-            self.fingerprint = self.saved
-            return fit_state_dict(self.complete(state_dict, model), model, self.cfg)
-        converted = self.convert(state_dict, model)
-        if not weights.is_warm_start(self.cfg) or any('.mrla.' in name for name in converted):
-            return fit_state_dict(converted, model, self.cfg, self.strict)
+            own = model.state_dict()
+            adapter = {**{name: own[name] for name in backbone_names(model)}, **convert_state_dict(state_dict)}
+            return fit_state_dict(adapter, model, self.cfg)
+        if not weights.is_warm_start(self.cfg) or any('.mrla.' in name for name in convert_state_dict(state_dict)):
+            return fit_state_dict(self.convert(state_dict, model), model, self.cfg, self.strict)
         weights.zero_output_scales(model)
-        converted = self.fit_plain(converted, model, self.cfg)
-        if self.is_adapter:
-            self.fingerprint = fingerprint(state_dict, self.cfg)
-        else:
+        if not self.is_adapter:
             _logger.warning(
                 f'{self.cfg.architecture} starts from the plain backbone of {weights.weights_source(self.cfg)}: its '
                 'layer attention is untrained and adds nothing until you train it.'
             )
-        return converted
+        return self.fit_plain(state_dict, model)
 
-    def fit_plain(self, state_dict: StateDict, model: nn.Module, cfg: PretrainedCfg) -> StateDict:
-        """Complete the state dict of a plain backbone by the layer attention that the model has."""
-        ours = {name: tensor for name, tensor in model.state_dict().items() if '.mrla.' in name}
-        return fit_state_dict({**state_dict, **ours}, model, cfg, self.strict)
+    def fit_plain(self, state_dict: StateDict, model: nn.Module) -> StateDict:
+        """Convert the weights of a plain backbone, and complete them by the layer attention that the model has.
 
-    def complete(self, adapter: StateDict, model: nn.Module) -> StateDict:
-        """Complete the state dict of an adapter by the backbone's weights, which timm loads into the model first."""
-        # timm reads there for which grid of patches a checkpoint is
-        adapters_cfg, adapters_args = model.pretrained_cfg, model.pretrained_model_args
-        model.pretrained_cfg, model.pretrained_model_args = self.backbone.to_dict(), {}
-        args = model.pretrained_cfg, model.num_classes, model.in_chans
-        try:
-            load_pretrained(model, *args, self.fit_backbone, strict=False)
-        except Exception as e:  # of the Hub's client, of torch, or of the check
-            source = weights.weights_source(self.backbone)
-            raise RuntimeError(f"the backbone's weights cannot be loaded from {source}: {e}") from e
-        model.pretrained_cfg, model.pretrained_model_args = adapters_cfg, adapters_args
-        own = model.state_dict()
-        return {**{name: own[name] for name in backbone_names(model)}, **convert_state_dict(adapter)}
-
-    def fit_backbone(self, state_dict: StateDict, model: nn.Module) -> StateDict:
-        """Convert the weights of an adapter's backbone; raise RuntimeError if it was trained on other weights."""
-        found = fingerprint(state_dict, self.backbone)
-        if found != self.saved:
-            source = weights.weights_source(self.backbone)
+        Raise RuntimeError if a saved adapter was trained on other weights.
+        """
+        cfg = self.backbone if self.saved else self.cfg
+        if self.saved or self.is_adapter:
+            self.fingerprint = fingerprint(state_dict, cfg)
+        if self.saved and self.fingerprint != self.saved:
             raise RuntimeError(
-                f'the adapter was trained on the weights {self.backbone.hf_hub_id}, with the fingerprint '
-                f'{self.saved[:12]}, and {source} has {found[:12]}; pretrained_cfg_overlay=dict(file=PATH) names '
-                'another file'
+                f'the adapter was trained on the weights {cfg.hf_hub_id}, with the fingerprint {self.saved[:12]}, and '
+                f'{weights.weights_source(cfg)} has {self.fingerprint[:12]}; pretrained_cfg_overlay=dict(file=PATH) '
+                'names another file'
             )
-        return self.fit_plain(self.convert(state_dict, model), model, self.backbone)
+        ours = {name: tensor for name, tensor in model.state_dict().items() if '.mrla.' in name}
+        return fit_state_dict({**self.convert(state_dict, model), **ours}, model, cfg, self.strict)
 
 
 def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) -> nn.Module:
@@ -201,14 +188,6 @@ def _explain_errors(name: str, source: str, kwargs: dict[str, Any]) -> Iterator[
         raise RuntimeError(f'{name} cannot be loaded from {source}: {e}') from e
 
 
-def _add_layers(model: nn.Module, kind: Kind | None, backbone: str, recompute: bool, **kwargs) -> None:
-    """Add layer attention to a plain model; with `kind` None, the model has it already."""
-    if kind:
-        graft(model, kind, backbone, **kwargs)
-    for layer in layer_attentions(model).values():
-        layer.recompute = recompute
-
-
 def build(
     entrypoint: Entrypoint,
     name: str,
@@ -237,9 +216,9 @@ def build(
     is_adapter = (saved and adapter == saved) or is_on('mrla_adapter', adapter)
     if is_adapter:
         own.setdefault('identity', True)
-    add_layers = partial(_add_layers, kind=kind, backbone=entrypoint.__name__, recompute=recompute, **own)
+    add = partial(graft, kind=kind, backbone=entrypoint.__name__, **own) if kind else None
     cfg, backbone = _sources(name, pretrained, pretrained_cfg, pretrained_cfg_overlay, saved)
-    builder = _Builder(add_layers, pretrained, cfg, backbone, saved, is_adapter)
+    builder = _Builder(add, pretrained, cfg, backbone, saved, is_adapter)
     tag = cfg.tag or ''
     with _explain_errors(name, weights.weights_source(cfg) if pretrained else '', kwargs):
         # some of timm's entrypoints depend on timm's tag
@@ -247,6 +226,8 @@ def build(
         model = _call_with_builder(entrypoint, builder, **timms)
     if builder.model is None:
         raise ValueError(f'{name} with {kwargs} is a {type(model).__name__}, which can have no layer attention')
+    for layer in layer_attentions(builder.model).values():
+        layer.recompute = recompute
     if tag.startswith(weights.TAG):
         weights.drop_weights_description(model)
     return freeze_backbone(model, backbone, builder.fingerprint) if is_adapter else model

@@ -21,14 +21,6 @@ from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, layer_attentions
 from timm_mrla.models._weights import zero_output_scales
 from timm_mrla.switches import is_on
 
-# norms over the last dimension -> the same norms for maps [B, C, H, W]
-_NORMS_2D = {
-    nn.LayerNorm: layers.LayerNorm2d,
-    layers.LayerNorm: layers.LayerNorm2d,
-    layers.RmsNorm: layers.RmsNorm2d,
-    layers.SimpleNorm: layers.SimpleNorm2d,
-}
-
 
 class Site(NamedTuple):
     """A block, and the layer attention that it supports, or the reason why it supports none."""
@@ -58,7 +50,10 @@ class Sites(list[Site]):
 class Host:
     """Base of classes that hold blocks and pass them arguments that timm does not pass; a class of timm's follows."""
 
-    stock: type[nn.Module]  # timm's class, the second base
+    stock: type[nn.Module]  # timm's class
+
+    def __init_subclass__(cls) -> None:
+        cls.stock = cls.__mro__[cls.__mro__.index(Host) + 1]
 
     @classmethod
     def convert(cls, module: nn.Module) -> None:
@@ -164,8 +159,9 @@ def _contiguous_if_frozen(norm: nn.GroupNorm, args: tuple[torch.Tensor]) -> torc
 
 def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None) -> nn.Module:
     """Build a new norm like one of the block's, without activation."""
-    if on_maps and type(norm) in _NORMS_2D:
-        return _NORMS_2D[type(norm)](dim, eps=norm.eps, device=device, dtype=dtype)
+    # a norm over the last dimension has a counterpart for maps [B, C, H, W], such as LayerNorm2d
+    if on_maps and (norm_2d := getattr(layers, f'{type(norm).__name__}2d', None)):
+        return norm_2d(dim, eps=norm.eps, device=device, dtype=dtype)
     if not [*norm.parameters()]:  # a frozen batch norm has none, but the new one must learn
         return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
     # deepcopy gets the copies of the tensors, because it cannot copy those that a FakeTensorMode made

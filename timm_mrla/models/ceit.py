@@ -79,8 +79,8 @@ class CeitBlock(Block):
     def __init__(self, dim: int, *args, norm_layer=LayerNorm, drop_path=0.0, device=None, dtype=None, **kwargs) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, *args, norm_layer=norm_layer, drop_path=drop_path, **kwargs, **dd)
-        dd.update(drop_path=drop_path, norm_o=False, norm_v=nn.BatchNorm2d)
-        self.mrla = MrlaLight(dim, 32, norm_layer, 'pre', 'NLC', **dd)
+        self.mrla = MrlaLight(dim, 32, norm_layer, 'pre', 'NLC', drop_path, **dd)
+        self.mrla.norm_o, self.mrla.norm_v = nn.Identity(), nn.BatchNorm2d(dim, **dd)  # as in the paper's CeiT
 
     def forward(self, x: torch.Tensor, feat_size: Grid = None, **kwargs) -> torch.Tensor:
         x = o = self.norm1(x)
@@ -104,8 +104,6 @@ def _check_pool(global_pool: str | None) -> None:
 
 class Ceit(GridHost, VisionTransformer):
     """timm's vision transformer with the stem and the blocks above."""
-
-    stock = VisionTransformer
 
     def __init__(self, *args, num_heads: int = 3, global_pool: str = 'token', weight_init: str = '', **kwargs) -> None:
         dd = {name: kwargs.get(name) for name in ('device', 'dtype')}

@@ -13,8 +13,6 @@ from timm_mrla.models._transformer import GridHost
 class MrlaBaseVisionTransformer(GridHost, VisionTransformer):
     """timm's vision transformer with MRLA-base."""
 
-    stock = VisionTransformer
-
     @classmethod
     def convert(cls, module: nn.Module, *, stage_depth: int = 4) -> None:
         """Change the class of a transformer; its memory is emptied after every `stage_depth` blocks."""

@@ -9,8 +9,6 @@ from timm_mrla.models._transformer import GridHost
 class MrlaEva(GridHost, Eva):
     """timm's transformer with MRLA-light."""
 
-    stock = Eva
-
 
 _recipe = Recipe('pre', 'norm1', 'NLC', hosts=(MrlaEva,))
 LightBlock.define(__name__, dict.fromkeys((EvaBlock, EvaBlockPostNorm), _recipe))

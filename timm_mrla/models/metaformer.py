@@ -12,8 +12,6 @@ from timm_mrla.models._loops import SelfWithOverrides, with_grid
 class MrlaMetaFormerStage(Host, MetaFormerStage):
     """timm's stage, which passes the grid of its tokens to its blocks."""
 
-    stock = MetaFormerStage
-
     def forward(self, x: Tensor) -> Tensor:
         if self.use_nchw:
             return super().forward(x)

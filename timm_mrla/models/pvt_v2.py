@@ -13,8 +13,6 @@ from timm_mrla.models._registry import register_model
 class MrlaBaseStage(Host, PyramidVisionTransformerStage):
     """timm's stage with MRLA-base, and a memory of its own."""
 
-    stock = PyramidVisionTransformerStage
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         blocks = with_memory(self.blocks, self.grad_checkpointing)
         return self.stock.forward(SelfWithOverrides(self, blocks=blocks, grad_checkpointing=False), x)

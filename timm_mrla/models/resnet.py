@@ -34,8 +34,6 @@ class MrlaBaseStage(nn.Sequential):
 class MrlaBaseResNet(Host, ResNet):
     """timm's ResNet with MRLA-base."""
 
-    stock = ResNet
-
     @classmethod
     def convert(cls, module: nn.Module) -> None:
         """Change the classes of a ResNet and of its stages."""

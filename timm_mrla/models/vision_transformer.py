@@ -12,13 +12,9 @@ from timm_mrla.models._transformer import GridHost
 class MrlaVisionTransformer(GridHost, VisionTransformer):
     """timm's vision transformer with MRLA-light."""
 
-    stock = VisionTransformer
-
 
 class MrlaVisionTransformerDistilled(GridHost, VisionTransformerDistilled):
     """timm's distilled vision transformer with MRLA-light."""
-
-    stock = VisionTransformerDistilled
 
 
 _recipe = partial(Recipe, 'pre', layout='NLC', hosts=(MrlaVisionTransformer, MrlaVisionTransformerDistilled))

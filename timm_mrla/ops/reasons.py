@@ -8,11 +8,11 @@ import importlib.util
 import os
 
 import torch
-from timm.layers import BatchNormAct2d, DropPath, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
+from timm.layers import DropPath, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from torch import nn
 
 from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, QueryKey
-from timm_mrla.layers.folding import is_folded
+from timm_mrla.layers.folding import is_batch_norm, is_folded
 from timm_mrla.layers.layout import is_exporting
 from timm_mrla.layers.query_key import Gate, Scores
 from timm_mrla.switches import is_on
@@ -149,13 +149,6 @@ def _children(layer: nn.Module) -> str:
     return ''
 
 
-def _is_batch_norm(norm: nn.Module) -> bool:
-    """Whether a norm is a plain batch norm, without activation or dropout."""
-    if type(norm) is BatchNormAct2d:
-        return type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
-    return type(norm) is nn.BatchNorm2d
-
-
 def uses_batch(norm: nn.Module) -> bool:
     """Whether a batch norm uses the statistics of the batch."""
     return norm.training or norm.running_mean is None
@@ -209,7 +202,7 @@ def _parts(layer: nn.Module, x: torch.Tensor) -> str:
         return 'it is of the form post on tokens'
     if is_folded(layer):
         return ''
-    if not _is_batch_norm(norm):
+    if not is_batch_norm(norm):
         return f'norm is {type(norm).__name__}'
     if norm.training and x.numel() == x.shape[1]:
         return 'its batch has one value for each channel, of which there is no variance'
@@ -234,7 +227,7 @@ def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> 
         return False
     if not is_folded(layer) and layer.drop_path.training:
         return False
-    if layer.form == 'post' and not (is_folded(layer) or (_is_batch_norm(layer.norm) and not uses_batch(layer.norm))):
+    if layer.form == 'post' and not (is_folded(layer) or (is_batch_norm(layer.norm) and not uses_batch(layer.norm))):
         return False
     if layer.form == 'pre' and torch.is_autocast_enabled(x.device.type):  # it may run norms in float32
         return False
