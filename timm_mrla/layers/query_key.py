@@ -18,11 +18,7 @@ class _Heads(nn.Module):
     """Base class: computes the query and the key of a map for each head."""
 
     def __init__(self, dim: int, dim_head: int, device=None, dtype=None) -> None:
-        """
-        Args:
-            dim: Number of channels, C.
-            dim_head: Channels per head, d; a ValueError is raised if it does not divide dim.
-        """
+        """The arguments are those of the layer. Raises ValueError if dim_head does not divide dim."""
         super().__init__()
         if dim_head < 1 or dim % dim_head:
             raise ValueError(f'dim {dim} is not divisible by dim_head {dim_head}')

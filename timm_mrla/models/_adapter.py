@@ -6,14 +6,12 @@ from typing import Any
 from timm.models import PretrainedCfg
 from torch import nn
 
-from timm_mrla.layers import layer_attentions
-
 
 class Adapter:
     """Base of models with a frozen backbone; a class of timm's follows.
 
-    A norm of the backbone stays in evaluation mode as long as none of its parameters requires gradients. The model
-    decides this in `train`, and not a class of norms, because `convert_sync_batchnorm` replaces all batch norms.
+    A norm stays in evaluation mode as long as none of its parameters requires gradients. The model decides this in
+    `train`, and not a class of norms, because `convert_sync_batchnorm` replaces all batch norms.
     """
 
     plain: type[nn.Module]  # the model's class without this base
@@ -23,11 +21,9 @@ class Adapter:
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode of the model; frozen norms keep their running statistics."""
         super().train(mode)
-        own = {module for layer in layer_attentions(self).values() for module in layer.modules()}
-        for module in self.modules():
-            has_statistics = getattr(module, 'running_var', None) is not None and module not in own
-            if has_statistics and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
+        for m in self.modules():
+            if getattr(m, 'running_var', None) is not None and not any(p.requires_grad for p in m.parameters()):
+                m.eval()
         return self
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
@@ -61,8 +57,7 @@ def freeze_backbone(model: nn.Module, weights: PretrainedCfg | None, fingerprint
     names = backbone_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in names)
-    if not isinstance(model, Adapter):
-        model.__class__ = _adapter_class(type(model))
+    model.__class__ = _adapter_class(type(model))
     model.backbone_weights, model.backbone_fingerprint = weights, fingerprint
     if weights is not None:
         model.pretrained_cfg['tag'] = weights.tag

@@ -82,14 +82,12 @@ def attach(
         raise ValueError(f'this model is wrapped by {wrapper}; attach first, then wrap')
     patterns = graft(model, LightBlock, backbone, blocks=blocks, identity=identity)
     name = next((name for name, plain in BACKBONES.items() if plain == backbone and name.endswith('_mrla')), None)
-    weights = None
+    weights = backbone_cfg(name, model.pretrained_cfg) if name and adapter else None
     if name:
-        cfg = model.pretrained_cfg
         args = {} if patterns is None else {'mrla_blocks': patterns}
         if adapter:
             args['mrla_adapter'] = True
-            weights = backbone_cfg(name, cfg)
-        model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': name}
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'architecture': name}
         drop_weights_description(model)
         model._model_args = {**getattr(model, '_model_args', {}), **args}  # timm saves these arguments with the model
     return freeze_backbone(model, weights) if adapter else model

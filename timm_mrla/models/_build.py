@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, signature
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -60,10 +60,9 @@ def _sources(
         starts = list_pretrained(f'{name}.*')
         known = f'its warm starts are {listed(starts)}' if starts else 'it has no warm start either'
         raise RuntimeError(f'No pretrained weights exist for {name}; {known}. Or use pretrained=False')
-    starts_warm = weights.is_warm_start(cfg)
-    if saved or (starts_warm and cfg.state_dict):  # an overlay with a state dict describes that state dict
+    if saved or (weights.is_warm_start(cfg) and cfg.state_dict):  # an overlay describes its own state dict
         return cfg, _resolve(name, cfg.tag, overlay if names_backbone else None)
-    return cfg, cfg if starts_warm else None
+    return cfg, cfg if weights.is_warm_start(cfg) else None
 
 
 @dataclass
@@ -106,7 +105,13 @@ class _Builder:
     def convert(self, state_dict: StateDict, model: nn.Module) -> StateDict:
         """Convert names of timm's weights and of the paper's code."""
         state_dict = convert_state_dict(state_dict)
-        return weights.apply_filter(self.filter_fn, state_dict, model) if self.filter_fn else state_dict
+        if self.filter_fn is None:
+            return state_dict
+        plain, ours = {}, {}  # a filter may rename layer attention by accident
+        for name, tensor in state_dict.items():
+            (ours if '.mrla.' in name else plain)[name] = tensor
+        args = (plain, model) if len(signature(self.filter_fn).parameters) > 1 else (plain,)
+        return {**self.filter_fn(*args), **ours}
 
     def fit(self, state_dict: StateDict, model: nn.Module) -> StateDict:
         """Convert and complete a checkpoint; raise RuntimeError if it does not fit the model."""
@@ -160,13 +165,12 @@ def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) ->
 
 def _check_arguments(name: str, kind: Kind | None, given: Iterable[str]) -> None:
     """Raise TypeError if layer attention of a model has no such argument; it names those that exist."""
-    known = ['recompute']
+    known = {'adapter', 'recompute'} if kind else {'recompute'}
     if kind:
         module = models.model_entrypoint(name).__module__
-        hosts = {host for cls in kind.classes.values() if cls.__module__ == module for host in cls.recipe.hosts}
-        fns = (graft, *(host.convert for host in hosts))
-        own = (p.name for fn in fns for p in signature(fn).parameters.values() if p.kind is Parameter.KEYWORD_ONLY)
-        known += ['adapter', *own]
+        hosts = [host for block in kind.classes.values() if block.__module__ == module for host in block.recipe.hosts]
+        for fn in (graft, *(host.convert for host in hosts)):
+            known |= {p.name for p in signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for argument in given:
         if argument.startswith('mrla_') and argument.removeprefix('mrla_') not in known:
             names = ', '.join(f'mrla_{name}' for name in sorted(known))

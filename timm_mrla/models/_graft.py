@@ -36,15 +36,13 @@ class Site(NamedTuple):
 class Sites(list[Site]):
     """The blocks of a model in their order; printed, a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         w, v = (max((len(site[i]) for site in self), default=0) for i in (0, 1))
         rows = [f'{"block":{w}}  {"class":{v}}  channels  form  layout']
         for name, block, channels, form, layout, reason in self:
             what = f'none: {reason}' if reason else f'{channels:8}  {form:4}  {layout}'
             rows.append(f'{name:{w}}  {block:{v}}  {what}')
         return '\n'.join(rows)
-
-    __repr__ = __str__
 
 
 class Host:
@@ -133,10 +131,8 @@ class _Block:
     def convert(cls, block: nn.Module, site: Site, drop_path: float | None) -> None:
         """Change the class of a block of timm's to this class, and add layer attention."""
         recipe, dd, dim = cls.recipe, layers.get_device_dtype(block), site.channels
-        if recipe.num_heads:
-            dim_head = dim // math.gcd(dim, recipe.num_heads)
-        else:
-            dim_head = max(d for d in range(1, cls.max_dim_head[site.form] + 1) if dim % d == 0)
+        heads, most = recipe.num_heads, cls.max_dim_head[site.form]
+        dim_head = dim // math.gcd(dim, heads) if heads else max(d for d in range(1, most + 1) if dim % d == 0)
         if drop_path is None:
             own = [m.drop_prob for m in block.modules() if isinstance(m, layers.DropPath)]
             drop_path = own[-1] if own and site.form == 'post' else 0.0
@@ -299,8 +295,7 @@ def graft(
             _check_methods(_owner(site.name), owner, host)
             hosts[owner] = host
     for site in chosen:
-        block = modules[site.name]
-        kind.classes[type(block)].convert(block, site, drop_path)
+        kind.classes[type(modules[site.name])].convert(modules[site.name], site, drop_path)
     for owner, host in hosts.items():
         host.convert(owner, **host_args)
     if identity:

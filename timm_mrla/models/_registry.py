@@ -16,7 +16,6 @@ from timm_mrla.models._weights import TAG, warm_start_cfg, without_weights
 BACKBONES: dict[str, str] = {}  # our model -> timm's model that is its plain backbone
 MODEL_ARGS: dict[str, dict[str, Any]] = {}  # our model -> arguments that its backbone is built with
 
-
 # timm's models without layer attention, because none of their blocks has a shortcut that keeps the shape
 _WITHOUT = re.compile('lcnet_.*|mobilenetv1_.*|test_efficientnet(_evos|_gn|_ln)?|test_maxvit')
 
@@ -34,14 +33,7 @@ def register_models(module: str) -> None:
 
 
 def register_model(module: str, name: str, backbone: str, kind: Kind = LightBlock) -> None:
-    """Register a model of timm with layer attention. For each tag with weights of timm's, it gets a warm start.
-
-    Args:
-        module: `__name__` of a module of ours, which has the name of timm's module.
-        name: Name of the model with layer attention.
-        backbone: timm's name of the model without it.
-        kind: LightBlock or BaseBlock.
-    """
+    """Register a model of timm with layer attention. For each tag with weights of timm's, it gets a warm start."""
     entrypoint = models.model_entrypoint(backbone)
     timms = sys.modules[entrypoint.__module__].default_cfgs[backbone]
     # the first is the default: without weights, because nobody has trained the model yet

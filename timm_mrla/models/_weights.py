@@ -1,7 +1,5 @@
 """Starts models from the weights of timm's plain backbones."""
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +7,6 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
 from timm_mrla.layers import MrlaBase, layer_attentions
-from timm_mrla.state_dict import StateDict
 
 TAG = 'warmstart_'
 
@@ -53,8 +50,7 @@ def backbone_cfg(name: str, cfg: dict[str, Any]) -> PretrainedCfg | None:
     name = f'{name}.{TAG}{cfg.get("tag")}'
     if not is_model_pretrained(name):
         return None
-    own = None if cfg.get('source') else cfg.get('file')
-    return changed(get_pretrained_cfg(name), **({'file': own} if own else {}))
+    return changed(get_pretrained_cfg(name), file=None if cfg.get('source') else cfg.get('file'))
 
 
 def weights_source(cfg: PretrainedCfg) -> str:
@@ -66,14 +62,6 @@ def drop_weights_description(model: nn.Module) -> None:
     """Drop the description of the plain backbone's weights, which is wrong once the model is trained."""
     for key in ('tag', 'description', 'notes'):
         model.pretrained_cfg.pop(key, None)
-
-
-def apply_filter(fn: Callable[..., StateDict], state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Apply a checkpoint filter of timm's to the backbone only, because it may rename layer attention by accident."""
-    plain = {name: tensor for name, tensor in state_dict.items() if '.mrla.' not in name}
-    ours = {name: tensor for name, tensor in state_dict.items() if '.mrla.' in name}
-    takes_model = len(inspect.signature(fn).parameters) > 1
-    return {**(fn(plain, model) if takes_model else fn(plain)), **ours}
 
 
 def _exclude_mrla(spec: Any) -> Any:

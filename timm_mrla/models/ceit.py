@@ -15,9 +15,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 from timm_mrla.layers import Grid, MrlaLight, from_map, recompute, to_map
-from timm_mrla.models._loops import FunctionList, SelfWithOverrides
+from timm_mrla.models._loops import FunctionList, GridHost, SelfWithOverrides
 from timm_mrla.models._registry import register_entrypoint
-from timm_mrla.models._transformer import GridHost
 
 
 class ImageToTokens(PatchEmbed):
@@ -140,9 +139,6 @@ class Ceit(GridHost, VisionTransformer):
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.lca = self.pos_layer_embed = None
-        else:
-            kept = self.pos_layer_embed[:, : len(self.blocks)].detach()
-            self.pos_layer_embed = nn.Parameter(kept, self.pos_layer_embed.requires_grad)
         return taken
 
     def stand_in(self, feat_size: tuple[int, int]) -> SelfWithOverrides:

@@ -5,9 +5,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from timm_mrla.models._graft import BaseBlock, Recipe
-from timm_mrla.models._loops import SelfWithOverrides, with_memory
+from timm_mrla.models._loops import GridHost, SelfWithOverrides, with_memory
 from timm_mrla.models._registry import register_model
-from timm_mrla.models._transformer import GridHost
 
 
 class MrlaBaseVisionTransformer(GridHost, VisionTransformer):

@@ -14,10 +14,10 @@ _not_in = ('efficientnet_b0', 'efficientnet_b1', 'efficientnet_b2')
 
 _blocks = {
     timm_blocks.InvertedResidual: _recipe('bn3'),
-    timm_blocks.EdgeResidual: _recipe('bn2', not_in=_not_in),
+    timm_blocks.EdgeResidual: _recipe('bn2'),
     timm_blocks.DepthwiseSeparableConv: _recipe('bn2', not_in=_not_in),
-    timm_blocks.UniversalInvertedResidual: _recipe('pw_proj.bn', not_in=_not_in),
-    timm_blocks.MobileAttention: _recipe('norm', not_in=_not_in),
-    timm_blocks.ConvBnAct: _recipe('bn1', not_in=_not_in),
+    timm_blocks.UniversalInvertedResidual: _recipe('pw_proj.bn'),
+    timm_blocks.MobileAttention: _recipe('norm'),
+    timm_blocks.ConvBnAct: _recipe('bn1'),
 }
 LightBlock.define(__name__, _blocks)

@@ -3,7 +3,7 @@
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._transformer import GridHost
+from timm_mrla.models._loops import GridHost
 
 
 class MrlaEva(GridHost, Eva):

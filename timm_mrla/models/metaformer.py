@@ -1,7 +1,5 @@
 """MetaFormer, also PoolFormer and CAFormer, with MRLA-light. The last two stages of CAFormer work on tokens."""
 
-from functools import partial
-
 from timm.models.metaformer import MetaFormerBlock, MetaFormerStage
 from torch import Tensor, nn
 
@@ -20,5 +18,8 @@ class MrlaMetaFormerStage(Host, MetaFormerStage):
         return self.stock.forward(call, x)
 
 
-_recipe = partial(Recipe, layout=lambda block: 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC')
-LightBlock.define(__name__, {MetaFormerBlock: _recipe('pre', 'norm1', hosts=(MrlaMetaFormerStage,))})
+def _layout(block: nn.Module) -> str:
+    return 'NCHW' if isinstance(block.mlp.fc1, nn.Conv2d) else 'NLC'
+
+
+LightBlock.define(__name__, {MetaFormerBlock: Recipe('pre', 'norm1', _layout, hosts=(MrlaMetaFormerStage,))})

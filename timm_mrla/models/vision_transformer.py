@@ -6,7 +6,7 @@ from timm.models import VisionTransformer, VisionTransformerDistilled
 from timm.models import vision_transformer as vit
 
 from timm_mrla.models._graft import LightBlock, Recipe
-from timm_mrla.models._transformer import GridHost
+from timm_mrla.models._loops import GridHost
 
 
 class MrlaVisionTransformer(GridHost, VisionTransformer):
