@@ -11,7 +11,17 @@ import torch
 import triton.language as tl
 
 from timm_mrla.ops.base_memory import address, addresses, aligned, block, compute_value, grid_of, load, retrieve
-from timm_mrla.ops.common import cdiv, head_blocks, image_sums, kernel, load_channels, power_of_2, query_key, split
+from timm_mrla.ops.common import (
+    by_tap,
+    cdiv,
+    head_blocks,
+    image_sums,
+    kernel,
+    load_channels,
+    power_of_2,
+    query_key,
+    split,
+)
 from timm_mrla.ops.light_post import BIAS, A, compute_channels
 from timm_mrla.ops.light_pre import norms, whole
 from timm_mrla.ops.operator import operator
@@ -149,7 +159,7 @@ def _attention(
     k, y = (rows.new_empty(B, C) for _ in range(2))
     table = addresses([*keys, k], [*values, v])
     scores, a = (rows.new_empty(B, heads, T) for _ in range(2))
-    sizes, scale, blocks = (C, n, qk.shape[1], T, T, heads), (C // heads) ** -0.5, head_blocks(C, heads)
+    sizes, scale, blocks = (C, n, qk.shape[-1], T, T, heads), (C // heads) ** -0.5, head_blocks(C, heads)
     _attend[(B,)](rows, y, qk, table, k, scores, a, *sizes, 1 / L, scale, BR=min(power_of_2(n), 16), **blocks)
     return k, y, a, table
 
@@ -185,8 +195,8 @@ def forward(
         x: Maps or tokens [B, P + H * W, C].
         keys, values: Keys [B, C] in float32 and values [B, C, H, W] in channels_last of earlier blocks.
         grid: H and W.
-        qk: Weights [2, K] of the convolutions of query and key.
-        w: Weights [9, C] of the convolution of the value.
+        qk: Weights [2, 1, 1, K] of the convolutions of query and key.
+        w: Weights [C, 1, 3, 3] of the convolution of the value.
         weight, bias: Affine parameters [C] of the norm, which is of m if post, else of x; each may be None.
         mean, var: Running statistics [C] of the norm of m; None to use the statistics of the batch.
         s: Scales [B] of stochastic depth, or None.
@@ -197,7 +207,7 @@ def forward(
         The output, the key and the value of this block, and three tensors for backward. If post, the last one is
         [6, C]; its rows 2 and 4 are the mean and the unbiased variance of the batch.
     """
-    keys, values = aligned(keys), aligned(values)
+    keys, values, w = aligned(keys), aligned(values), by_tap(w)
     (B, N, C), L = x.shape, grid[0] * grid[1]
     out = torch.empty_like(x, dtype=dtype)
     if not post:
@@ -236,7 +246,7 @@ def folded(
     heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """MRLA-base of the form `post` for inference, its norm as scale and bias [C]: output, key and value."""
-    keys, values = aligned(keys), aligned(values)
+    keys, values, w = aligned(keys), aligned(values), by_tap(w)
     out = torch.empty_like(x)
     v, rows = compute_value(x, grid, w, x.dtype, sums=True)
     k, _, a, table = _attention(rows, v, keys, values, qk, heads)

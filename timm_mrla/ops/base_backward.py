@@ -18,6 +18,7 @@ from timm_mrla.ops.base_memory import (
     retrieve,
 )
 from timm_mrla.ops.common import (
+    by_tap,
     cdiv,
     head_blocks,
     kernel,
@@ -277,12 +278,12 @@ def backward(
     rms: bool,
     value_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, earlier keys [T - 1, B, C] and values [T - 1, B, H, W, C], qk, w [C, 9] and the norm [C, 2].
+    """Gradients of x, earlier keys [T - 1, B, C] and values [T - 1, B, H, W, C], qk, w and the norm [C, 2].
 
     dk and later are the gradients of this block's key and value from later blocks. The value is computed again, because
     a saved value would cost a map in the last block of a stage. train: the norm used batch statistics.
     """
-    keys, values = aligned(keys), aligned(values)
+    keys, values, w = aligned(keys), aligned(values), by_tap(w)
     d, later = d.contiguous(), None if later is None else later.contiguous(memory_format=torch.channels_last)
     (B, N, C), (H, W), (_, heads, T) = x.shape, grid, a.shape
     L, P, channels = H * W, N - H * W, statistics if post else None
@@ -302,12 +303,12 @@ def backward(
         )
     _gradient_weights[(B * T, cdiv(C, 32))](sums, channels, linear, da, C, R // B, T, ENTRIES=entries, BR=16, BC=32)
 
-    scratch = x.new_empty(B * (3 * C + heads * T + 2 * qk.shape[1]), dtype=torch.float32)
-    e, buffer, by_head, dqk = scratch.split([B * C, 2 * B * C, B * heads * T, 2 * B * qk.shape[1]])
+    scratch = x.new_empty(B * (3 * C + heads * T + 2 * qk.shape[-1]), dtype=torch.float32)
+    e, buffer, by_head, dqk = scratch.split([B * C, 2 * B * C, B * heads * T, 2 * B * qk.shape[-1]])
     dkeys = x.new_empty(T - 1, B, C, dtype=torch.float32)
     gradients, scale, blocks = (da, dk, by_head, dkeys, dqk, buffer, e), (C // heads) ** -0.5, head_blocks(C, heads)
     _attend_backward[(B,)](
-        y, qk, table, a, *gradients, B, C, qk.shape[1], T, T, heads, 1 / L, scale, **blocks, num_warps=8
+        y, qk, table, a, *gradients, B, C, qk.shape[-1], T, T, heads, 1 / L, scale, **blocks, num_warps=8
     )
     dqk = total(dqk.view(B, 1, -1), qk.dtype).view_as(qk)
 
@@ -326,4 +327,4 @@ def backward(
         maps, sizes = (x, None, d, dy, None, weight, None, s, statistics, dx, None, rows), (P, N, C, n, per_row)
         pre_gradient_maps[(B * n,)](*maps, *sizes, RMS=rms, **blocks)
         vectors = total(rows, torch.float32)
-    return dx, dkeys, dvalues, dqk, total(taps, w.dtype), vectors
+    return dx, dkeys, dvalues, dqk, total(taps, w.dtype).view(C, 1, 3, 3), vectors

@@ -28,7 +28,7 @@ def _(d, dk, later, x, keys, values, grid, qk, w, weight, bias, s, y, a, statist
     dkeys = x.new_empty(T, B, C, dtype=torch.float32)
     dvalues = x.new_empty(T, B, *grid, C, dtype=value_dtype)
     vectors = x.new_empty(C, 2, dtype=torch.float32)
-    return torch.empty_like(x), dkeys, dvalues, torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
+    return torch.empty_like(x), dkeys, dvalues, qk.new_empty(qk.shape), w.new_empty(w.shape), vectors
 
 
 def _save(ctx, inputs, output) -> None:
@@ -47,7 +47,7 @@ def _differentiate(ctx, d, dk, dv, *_):
     dx, dkeys, dvalues, dqk, dw, vectors = _base_backward(d, dk, dv, x, keys, values, ctx.grid, qk, w, *saved, *kind)
     dnorm = [None if p is None else vectors[:, i].to(p.dtype) for i, p in enumerate((weight, bias))]
     before = [*dkeys.unbind()], [*dvalues.permute(0, 1, 4, 2, 3).unbind()]
-    return dx, *before, None, dqk, dw.t(), *dnorm, None, None, None, None, None, None, None, None, None
+    return dx, *before, None, dqk, dw, *dnorm, None, None, None, None, None, None, None, None, None
 
 
 base.register_autograd(_differentiate, _save)

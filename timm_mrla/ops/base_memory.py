@@ -138,7 +138,7 @@ def compute_value(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the value v in dtype, and if wanted, sums of x over rows [B, n, C], which the form `post` needs.
 
-    normed: weight, bias and statistics of the norm of x in the form `pre`.
+    w [9, C]: weights. normed: weight, bias and statistics of the norm of x in the form `pre`.
     """
     (B, N, C), (H, W) = x.shape, grid
     programs, n, tiles = row_grid((B, C, H, W), **VALUE)

@@ -294,11 +294,16 @@ def tile_grid(shape: tuple[int, ...], TH: int, TW: int, BC: int, **_) -> tuple[i
     return B * cdiv(H, TH) * cdiv(W, TW), cdiv(C, BC)
 
 
+def by_tap(w: torch.Tensor) -> torch.Tensor:
+    """Weights of the value [C, 1, 3, 3] -> [9, C], contiguous over the channels, as the kernels read them."""
+    return w.flatten(1).t().contiguous()
+
+
 def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
     """y [B, C] and the gates [B, heads] from sums [B, rows, C] over the rows of maps of `positions` positions."""
     B, rows, C = sums.shape[0], sums.shape[1], sums.shape[-1]
     y, g = sums.new_empty(B, C), sums.new_empty(B, heads)
-    sizes, scale, blocks = (C, rows, sums.stride(1), qk.shape[1], heads), (C // heads) ** -0.5, head_blocks(C, heads)
+    sizes, scale, blocks = (C, rows, sums.stride(1), qk.shape[-1], heads), (C // heads) ** -0.5, head_blocks(C, heads)
     gate[(B,)](sums, y, qk, g, *sizes, 1 / positions, scale, BR=min(power_of_2(rows), 16), **blocks)
     return y, g
 
@@ -306,12 +311,12 @@ def compute_gate(sums: torch.Tensor, qk: torch.Tensor, heads: int, positions: in
 def compute_gate_backward(
     y: torch.Tensor, g: torch.Tensor, dg: torch.Tensor, qk: torch.Tensor, positions: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of qk [2, K], and e [B, C], the gradient of x at each position, from dg [B, rows, C]."""
-    (B, C), heads, K = y.shape, g.shape[1], qk.shape[1]
+    """Gradient of qk, and e [B, C], the gradient of x at each position, from dg [B, rows, C]."""
+    (B, C), heads, K = y.shape, g.shape[1], qk.shape[-1]
     e, scratch, dqk = y.new_empty(B * (3 * C + 2 * K)).split([B * C, 2 * B * C, 2 * B * K])
     sizes, scale = (C, dg.shape[1], dg.stride(1), K, heads), (C // heads) ** -0.5
     gate_backward[(B,)](y, qk, g, dg, dqk, scratch, e, *sizes, 1 / positions, scale, **head_blocks(C, heads))
-    return total(dqk.view(B, 1, 2 * K), qk.dtype).view(2, K), e.view(B, C)
+    return total(dqk.view(B, 1, 2 * K), qk.dtype).view_as(qk), e.view(B, C)
 
 
 def total(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

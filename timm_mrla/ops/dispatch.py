@@ -11,15 +11,6 @@ from timm_mrla.ops.light_post import MEAN, VAR
 from timm_mrla.ops.reasons import drops_paths, is_rms_norm, uses_batch, value_dtype
 
 
-def _qk(layer: nn.Module) -> torch.Tensor:
-    return layer.attn.qk.weight.flatten(1)
-
-
-def _taps(weight: torch.Tensor) -> torch.Tensor:
-    """Weights of the value [C, 1, 3, 3] -> [9, C], contiguous over the channels, as the kernels read them."""
-    return weight.flatten(1).t().contiguous()
-
-
 def _scale(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Scales [B] of stochastic depth, drawn by the layer's DropPath; None if it drops nothing."""
     if drops_paths(layer):
@@ -47,7 +38,7 @@ def _statistics(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
 
 def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     norm, heads = layer.norm, layer.attn.num_heads
-    args = x, o, _qk(layer), _taps(layer.v.weight), layer.lam
+    args = x, o, layer.attn.qk.weight, layer.v.weight, layer.lam
     if is_folded(layer):
         return light_folded(*args, norm.bias, heads)
     vectors = norm.weight, norm.bias, *_statistics(norm)
@@ -80,7 +71,7 @@ def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled(x.device.type) else x.dtype
     norm = layer.norm_x
     vectors = [getattr(n, name, None) for n in (norm, layer.norm_o) for name in ('weight', 'bias')]
-    args = x, o, grid, _qk(layer), _taps(layer.v.weight), layer.lam
+    args = x, o, grid, layer.attn.qk.weight, layer.v.weight, layer.lam
     kind = layer.attn.num_heads, norm.eps, is_rms_norm(norm), dtype, value_dtype(x)
     return _from_tokens(layer, light_pre(*args, *vectors, _scale(layer, x), *kind)[0], grid)
 
@@ -89,7 +80,7 @@ def _run_base(layer: MrlaBase, x: torch.Tensor, memory: Memory, feat_size: Grid)
     x, grid = _to_tokens(layer, x, feat_size)
     heads, dtype = layer.attn.num_heads, x.dtype
     keys = [key.float().flatten(1).contiguous() for key in memory[::2]]
-    args = (x, keys, [*memory[1::2]], grid, _qk(layer), _taps(layer.v.weight))
+    args = (x, keys, [*memory[1::2]], grid, layer.attn.qk.weight, layer.v.weight)
     if is_folded(layer):
         out, k, v = base_folded(*args, layer.norm.weight, layer.norm.bias, heads)
     else:

@@ -21,8 +21,8 @@ def _(x, o, qk, w, lam, gamma, beta, mean, var, s, heads, eps):
 
 @_light_post_backward.register_fake
 def _(d, x, o, qk, w, lam, s, rows, channels, y, g, train):
-    vectors = x.new_empty(3, w.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(o), torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
+    vectors = x.new_empty(3, w.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(o), qk.new_empty(qk.shape), w.new_empty(w.shape), vectors
 
 
 def _save_post(ctx, inputs, output) -> None:
@@ -37,7 +37,7 @@ def _differentiate_post(ctx, d, *_):
     dx, do, dqk, dw, vectors = _light_post_backward(d, *ctx.saved_tensors, ctx.train)
     affine, dtype = ctx.dtypes
     dgamma, dbeta = (None, None) if affine is None else (vectors[0].to(affine), vectors[1].to(affine))
-    return dx, do, dqk, dw.t(), vectors[2].to(dtype), dgamma, dbeta, None, None, None, None, None
+    return dx, do, dqk, dw, vectors[2].to(dtype), dgamma, dbeta, None, None, None, None, None
 
 
 light_post.register_autograd(_differentiate_post, _save_post)
@@ -58,8 +58,8 @@ def _(x, o, grid, qk, w, lam, nw, nb, ow, ob, s, heads, eps, rms, dtype, gradien
 
 @_light_pre_backward.register_fake
 def _(d, x, o, grid, qk, w, lam, nw, nb, ow, ob, s, stats, y, g, rms, dtype):
-    vectors = x.new_empty(5, w.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(o), torch.empty_like(qk), w.new_empty(w.shape[::-1]), vectors
+    vectors = x.new_empty(5, w.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(o), qk.new_empty(qk.shape), w.new_empty(w.shape), vectors
 
 
 def _save_pre(ctx, inputs, output) -> None:
@@ -76,7 +76,7 @@ def _differentiate_pre(ctx, d, *_):
     )
     dlam = vectors[4].to(lam.dtype)
     dnorms = [None if p is None else dp.to(p.dtype) for p, dp in zip(norms, vectors[:4], strict=True)]
-    return dx, do, None, dqk, dw.t(), dlam, *dnorms, None, None, None, None, None, None
+    return dx, do, None, dqk, dw, dlam, *dnorms, None, None, None, None, None, None
 
 
 light_pre.register_autograd(_differentiate_pre, _save_pre)

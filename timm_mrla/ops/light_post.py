@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    by_tap,
     cdiv,
     compute_gate,
     is_inside,
@@ -281,8 +282,8 @@ def forward(
 
     Args:
         x, o: Maps [B, C, H, W] in channels_last.
-        qk: Weights [2, K] of the convolutions of query and key.
-        w: Weights [9, C] of the convolution of the value.
+        qk: Weights [2, 1, 1, K] of the convolutions of query and key.
+        w: Weights [C, 1, 3, 3] of the convolution of the value.
         lam, gamma, beta: Vectors [C]; gamma and beta are the affine parameters of the norm, or None.
         mean, var: Running statistics [C]; None to use the statistics of the batch.
         s: Scales [B] of stochastic depth, or None.
@@ -292,7 +293,7 @@ def forward(
         The output, and four tensors for backward. The second of them is [6, C]; its rows 2 and 4 are the mean and the
         unbiased variance of the batch.
     """
-    B, C, H, W = x.shape
+    (B, C, H, W), w = x.shape, by_tap(w)
     grid, n, tiles = row_grid(x.shape, **SUMS)
     rows = x.new_empty(B, n, 7, C, dtype=torch.float32)
     _sums[grid](x, o, w, rows, H, W, C, n, tiles, **SUMS)
@@ -311,11 +312,11 @@ def folded(
     bias: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
-    """MRLA-light of the form `post` for inference, its norm folded into w [9, C], lam and bias [C]."""
+    """MRLA-light of the form `post` for inference, its norm folded into w, lam and bias [C]."""
     B, C, H, W = x.shape
     BP, BC = 16, 64
     n, tiles = split(cdiv(H * W, BP), B * cdiv(C, BC))
     rows = x.new_empty(B, n, C, dtype=torch.float32)
     _mean_sums[(B * n, cdiv(C, BC))](x, rows, H * W, C, n, tiles * BP, BP=BP, BC=BC)
     _, g = compute_gate(rows, qk, heads, H * W)
-    return _run_apply(x, o, w, g, None, lam, bias, None)
+    return _run_apply(x, o, by_tap(w), g, None, lam, bias, None)

@@ -4,6 +4,7 @@ import torch
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    by_tap,
     cdiv,
     compute_gate_backward,
     kernel,
@@ -256,11 +257,11 @@ def backward(
     g: torch.Tensor,
     train: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, o, qk and w [C, 9], and of gamma, beta and lam in one tensor [3, C].
+    """Gradients of x, o, qk and w, and of gamma, beta and lam in one tensor [3, C].
 
     train: the norm used the statistics of the batch.
     """
-    d = d.contiguous(memory_format=torch.channels_last)
+    d, w = d.contiguous(memory_format=torch.channels_last), by_tap(w)
     B, C, H, W = x.shape
     grid, n, tiles = row_grid(x.shape, **SUMS)
     R, heads = B * n, g.shape[1]
@@ -276,4 +277,4 @@ def backward(
     grid, n, tiles = row_grid(x.shape, **MAPS)
     taps = x.new_empty(B * n, 9, C, dtype=torch.float32)
     gradient_maps[grid](x, d, dm, w, g, e, lam, dx, do, taps, H, W, C, n, tiles, heads, **MAPS)
-    return dx, do, dqk, total(taps, w.dtype), vectors
+    return dx, do, dqk, total(taps, w.dtype).view(C, 1, 3, 3), vectors

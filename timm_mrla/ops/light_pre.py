@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    by_tap,
     cdiv,
     compute_gate,
     is_inside,
@@ -219,6 +220,6 @@ def forward(
     )
     y, g = compute_gate(rows, qk, heads, H * W)
     _apply[tile_grid((B, C, H, W), **APPLY)](
-        x, o, w, g, lam, nw, nb, ow, ob, s, stats, out, H, W, N - H * W, C, heads, **APPLY
+        x, o, by_tap(w), g, lam, nw, nb, ow, ob, s, stats, out, H, W, N - H * W, C, heads, **APPLY
     )
     return out, stats, y, g

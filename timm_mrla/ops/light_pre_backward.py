@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from timm_mrla.ops.common import (
+    by_tap,
     cdiv,
     compute_gate_backward,
     kernel,
@@ -254,11 +255,11 @@ def backward(
     rms: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, o, qk and w [C, 9], and of nw, nb, ow, ob and lam in one tensor [5, C].
+    """Gradients of x, o, qk and w, and of nw, nb, ow, ob and lam in one tensor [5, C].
 
     u and dy have the given dtype.
     """
-    d = d.contiguous()
+    d, w = d.contiguous(), by_tap(w)
     (B, N, C), (H, W), heads = x.shape, grid, g.shape[1]
     P = N - H * W
     programs, n, tiles = row_grid((B, C, H, W), **GRADIENT)
@@ -267,7 +268,7 @@ def backward(
     dqk, e = compute_gate_backward(y, g, rows, qk, H * W)
     dy, rows = torch.empty_like(u), x.new_empty(B * n, 9, C, dtype=torch.float32)
     gradient_y[programs](x, u, w, e, nw, nb, stats, dy, rows, H, W, P, C, n, tiles, **GRADIENT)
-    dw = total(rows, w.dtype)
+    dw = total(rows, w.dtype).view(C, 1, 3, 3)
     n, per_row, blocks = whole(x, 1024)
     dx, do = torch.empty_like(x), torch.empty_like(o)
     rows, vectors = (x.new_empty(k, C, dtype=torch.float32) for k in (B * n * 4, 5))

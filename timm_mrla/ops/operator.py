@@ -1,25 +1,14 @@
 """Registers kernels as PyTorch custom ops for torch.compile; eager mode calls them without the detours of an op."""
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from timm_mrla.ops.reasons import in_dispatch_mode
-
-
-def _flatten(args: tuple) -> tuple[list, list[tuple[int, int]]]:
-    """Arguments with their lists of tensors spread, and index and length of each list."""
-    flat, lists = [], []
-    for i, arg in enumerate(args):
-        if isinstance(arg, list) and all(isinstance(t, Tensor) for t in arg):
-            lists.append((i, len(arg)))
-            flat += arg
-        else:
-            flat.append(arg)
-    return flat, lists
 
 
 class Operator:
@@ -37,6 +26,15 @@ class Operator:
         self.fn, self.launch, self.function = fn, launch, None
         self.op = custom_op(name, launch, mutates_args=())
         self.register_fake = self.op.register_fake
+        parameters = inspect.signature(fn).parameters.values()
+        self.lists = [i for i, p in enumerate(parameters) if p.annotation == list[Tensor]]
+
+    def spread(self, args: Sequence) -> list:
+        """Arguments with their lists of tensors spread, because autograd sees no tensors in lists."""
+        flat = [*args]
+        for i in reversed(self.lists):
+            flat[i : i + 1] = args[i]
+        return flat
 
     def register_autograd(self, differentiate: Callable, save: Callable = lambda ctx, inputs, output: None) -> None:
         """Register the gradient `differentiate(ctx, *grads)` and `save(ctx, inputs, output)`, as for a custom op."""
@@ -45,9 +43,9 @@ class Operator:
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, lists, *flat):
-                args = [*flat]  # autograd sees no tensors in lists
-                for i, length in lists:
+            def forward(ctx, lengths, *flat):
+                args = [*flat]
+                for i, length in zip(self.lists, lengths, strict=True):
                     args[i : i + length] = [args[i : i + length]]
                 output = launch(*args)
                 save(ctx, args, output)
@@ -55,7 +53,7 @@ class Operator:
 
             @staticmethod
             def backward(ctx, *grads):
-                return None, *_flatten(differentiate(ctx, *grads))[0]
+                return None, *self.spread(differentiate(ctx, *grads))
 
         self.function = Function
 
@@ -65,8 +63,7 @@ class Operator:
             return self.op(*args)
         if self.function is None or not torch.is_grad_enabled():
             return self.launch(*args)
-        flat, lists = _flatten(args)
-        return self.function.apply(lists, *flat)
+        return self.function.apply([len(args[i]) for i in self.lists], *self.spread(args))
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:
