@@ -257,6 +257,29 @@ def test_the_form_pre_folds_nothing(layer):
     assert all(torch.equal(a, b) for a, b in zip(stage([mrla], inputs), expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda mrla: setattr(mrla, 'norm_v', nn.BatchNorm2d(DIM)),
+        lambda mrla: setattr(mrla, 'act_v', nn.ReLU()),
+        lambda mrla: setattr(mrla, 'v', nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM)),
+    ],
+    ids=['norm', 'activation', 'bias'],
+)
+def test_a_value_that_is_no_bare_convolution_is_not_scaled(change):
+    torch.manual_seed(0)
+    mrla = MrlaLight(DIM, 8, nn.BatchNorm2d)
+    change(mrla)
+    mrla = randomize(mrla).double().eval()
+    nn.init.normal_(mrla.norm.weight)
+    inputs = [torch.randn(2, DIM, *SIZE, dtype=torch.float64) for _ in range(2)]
+    expected = stage([mrla], inputs)
+    assert isinstance(mrla.fuse().norm, Affine)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            torch.testing.assert_close(stage([mrla], inputs), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @every_layer
 def test_bfloat16_loses_no_more(layer, memory_format):
