@@ -630,7 +630,7 @@ def launch_post(dtype, C, heads):
     from timm_mrla.ops import light_post, light_post_backward
 
     x, o, d = (torch.empty(2, C, 7, 7, dtype=dtype).contiguous(**CHANNELS_LAST) for _ in range(3))
-    qk, w, lam, s = (torch.empty(*shape) for shape in ((2, 5), (9, C), (C,), (2,)))
+    qk, w, lam, s = (torch.empty(*shape) for shape in ((2, 1, 1, 5), (C, 1, 3, 3), (C,), (2,)))
     for affine, statistics, scale in ((lam, None, s), (None, None, None), (lam, lam, None)):
         norm = (affine, affine, statistics, statistics, scale)
         _, *saved = light_post.forward(x, o, qk, w, lam, *norm, heads, 1e-5)
@@ -643,7 +643,7 @@ def launch_pre(dtype, C, heads):
     from timm_mrla.ops import light_pre, light_pre_backward
 
     x, o, d = (torch.empty(2, 54, C, dtype=dtype) for _ in range(3))
-    qk, w, lam, s = (torch.empty(*shape) for shape in ((2, 5), (9, C), (C,), (2,)))
+    qk, w, lam, s = (torch.empty(*shape) for shape in ((2, 1, 1, 5), (C, 1, 3, 3), (C,), (2,)))
     for norms, scale, rms in (
         ((lam,) * 4, s, False),
         ((lam, None) * 2, None, True),

@@ -417,7 +417,7 @@ def launch(dtype, C, heads):
     from timm_mrla.ops import base, base_backward
 
     key, value = torch.empty(2, C), torch.empty(2, C, 7, 7, dtype=dtype).contiguous(**CHANNELS_LAST)
-    qk, w, p, s = (torch.empty(*shape) for shape in ((2, 5), (9, C), (C,), (2,)))
+    qk, w, p, s = (torch.empty(*shape) for shape in ((2, 1, 1, 5), (C, 1, 3, 3), (C,), (2,)))
     for post, weight, bias, mean, scale, before, rms in (
         (True, p, p, None, s, 0, False),
         (True, None, None, None, None, 1, False),
