@@ -294,7 +294,7 @@ def test_onnx(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, batches = export('ONNX', name, {})
     assert names['error'] < 1e-4
-    assert all(is_folded(m) for m in layer_attentions(names['model']).values() if m.form == 'post')
+    assert all(is_folded(m.norm) for m in layer_attentions(names['model']).values() if m.form == 'post')
     session = onnxruntime.InferenceSession('model.onnx')
     (source,) = session.get_inputs()
     for x in batches:

@@ -31,7 +31,7 @@ LayerAttention = AttentionWeights  # its earlier name
 def layers_by_block(model: nn.Module) -> dict[str, nn.Module]:
     """The layer attentions of a model, by the names of their blocks; by their own names if a block has several."""
     found = {WRAPPERS.sub('', name): layer for name, layer in layer_attentions(model).items()}
-    if any(map(is_folded, found.values())):
+    if any(is_folded(layer.norm) for layer in found.values()):
         raise ValueError('the norms of this model are folded into its weights; look at it before it is reparameterized')
     if not found:
         raise ValueError(

@@ -25,7 +25,7 @@ def check_trainable(model: nn.Module) -> None:
     if 'classifier' not in model.pretrained_cfg:
         raise ValueError('a feature extractor has no classifier: save the whole model, without features_only')
     check_mrla_name(model.pretrained_cfg['architecture'])
-    if any(map(is_folded, layer_attentions(model).values())):
+    if any(is_folded(layer.norm) for layer in layer_attentions(model).values()):
         raise ValueError('a reparameterized model is for inference alone; save the one that it was made from')
     if lost := [name for name, module in model.named_modules() if is_lost(module)]:
         raise ValueError(f'the class of {", ".join(lost)} was changed, so its layer attention was never trained')

@@ -18,9 +18,9 @@ class Affine(nn.Module):
         return x + bias if scale is None else x * scale + bias
 
 
-def is_folded(layer: nn.Module) -> bool:
-    """Whether the norm of a layer attention was folded."""
-    return isinstance(layer.norm, Affine)
+def is_folded(norm: nn.Module) -> bool:
+    """Whether a norm was folded."""
+    return isinstance(norm, Affine)
 
 
 def is_batch_norm(norm: nn.Module) -> bool:

@@ -186,7 +186,7 @@ class MrlaLight(_Mrla):
         """Fold the batch norm for inference, in place: its scale into v and lam."""
         super().fuse()
         is_linear = type(self.norm_v) is type(self.act_v) is nn.Identity and self.v.bias is None
-        if is_linear and is_folded(self) and (scale := self.norm.weight) is not None:
+        if is_linear and is_folded(self.norm) and (scale := self.norm.weight) is not None:
             self.norm.weight, self.lam = None, nn.Parameter(self.lam * scale)
             self.v.weight = nn.Parameter(self.v.weight * scale[:, None, None, None])
         return self

@@ -39,7 +39,7 @@ def _statistics(norm: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | No
 def _run_post(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     norm, heads = layer.norm, layer.attn.num_heads
     args = x, o, layer.attn.qk.weight, layer.v.weight, layer.lam
-    if is_folded(layer):
+    if is_folded(norm):
         return light_folded(*args, norm.bias, heads)
     vectors = norm.weight, norm.bias, *_statistics(norm)
     out, _, channels, _, _ = light_post(*args, *vectors, _scale(layer, x), heads, norm.eps)
@@ -78,16 +78,16 @@ def _run_pre(layer: MrlaLight, x: torch.Tensor, o: torch.Tensor, feat_size: Grid
 
 def _run_base(layer: MrlaBase, x: torch.Tensor, memory: Memory, feat_size: Grid) -> tuple[torch.Tensor, Memory]:
     x, grid = _to_tokens(layer, x, feat_size)
-    heads, dtype = layer.attn.num_heads, x.dtype
+    is_post, heads, dtype = layer.form == 'post', layer.attn.num_heads, x.dtype
+    norm = layer.norm if is_post else layer.norm_x
     keys = [key.float().flatten(1).contiguous() for key in memory[::2]]
     args = (x, keys, [*memory[1::2]], grid, layer.attn.qk.weight, layer.v.weight)
-    if is_folded(layer):
-        out, k, v = base_folded(*args, layer.norm.weight, layer.norm.bias, heads)
+    if is_folded(norm):
+        out, k, v = base_folded(*args, norm.weight, norm.bias, heads)
     else:
-        is_post, v_dtype = layer.form == 'post', value_dtype(x)
+        v_dtype = value_dtype(x)
         if not is_post and x.is_cuda and v_dtype != dtype and x.shape[1] > grid[0] * grid[1]:
             dtype = torch.float32  # under autocast, a layer norm returns the prefix in float32
-        norm = layer.norm if is_post else layer.norm_x
         vectors = norm.weight, getattr(norm, 'bias', None), *(_statistics(norm) if is_post else (None, None))
         kind = heads, norm.eps, is_post, is_rms_norm(norm), dtype, v_dtype
         out, k, v, _, _, channels = base(*args, *vectors, _scale(layer, x), *kind)

@@ -65,7 +65,7 @@ def _draw_layer(
 def _evaluate(layer: nn.Module, call, inputs: list[torch.Tensor], light: bool, seed: int) -> dict[str, torch.Tensor]:
     """Outputs, all gradients and statistics of `call(x, other, grid)`, by name, in float64 on the CPU."""
     names = ('x', 'o') if light else ('x', *(f'{kind} of block {t}' for t in (1, 2) for kind in ('key', 'value')))
-    with torch.set_grad_enabled(not is_folded(layer)):  # the kernels of a folded layer have no gradients
+    with torch.set_grad_enabled(not is_folded(layer.norm)):  # the kernels of a folded layer have no gradients
         inputs = [t.clone().requires_grad_(torch.is_grad_enabled()) for t in inputs]
         out = call(inputs[0], inputs[1] if light else tuple(inputs[1:]), SIZE)
         outputs = {'output': out} if light else {'output': out[0], 'key': out[1][-2], 'value': out[1][-1]}

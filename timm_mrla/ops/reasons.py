@@ -156,7 +156,7 @@ def uses_batch(norm: nn.Module) -> bool:
 
 def drops_paths(layer: nn.Module) -> bool:
     """Whether a layer draws scales of stochastic depth."""
-    return layer.drop_path.training and isinstance(layer.drop_path, DropPath)
+    return isinstance(layer.drop_path, DropPath) and layer.drop_path.training
 
 
 def is_rms_norm(norm: nn.Module) -> bool:
@@ -191,16 +191,16 @@ def _value(v: nn.Module) -> str:
 
 def _parts(layer: nn.Module, x: torch.Tensor) -> str:
     """Which part of a layer the kernels cannot compute; empty if none."""
-    norm = layer.norm
+    norm, drop_path = layer.norm, layer.drop_path
     if why := _value(layer.v):
         return why
-    if type(layer.drop_path) not in (nn.Identity, DropPath):
-        return f'drop_path is {type(layer.drop_path).__name__}'
+    if type(drop_path) not in (nn.Identity, DropPath):
+        return f'drop_path is {type(drop_path).__name__}'
     if layer.form == 'pre':
         return _norms(layer, x)
     if layer.layout == 'NLC':
         return 'it is of the form post on tokens'
-    if is_folded(layer):
+    if is_folded(norm):
         return ''
     if not is_batch_norm(norm):
         return f'norm is {type(norm).__name__}'
@@ -213,10 +213,11 @@ def _activations(layer: nn.Module) -> str:
     """Which activation, or norm of the value, the kernels cannot compute; empty if none."""
     if isinstance(layer, MrlaBase):
         return ''
-    if type(layer.norm_v) is not nn.Identity:
-        return f'norm_v is {type(layer.norm_v).__name__}'
-    exact = type(layer.act_v) is nn.GELU and layer.act_v.approximate == 'none'
-    return '' if (exact if layer.form == 'pre' else type(layer.act_v) is nn.Identity) else f'act_v is {layer.act_v}'
+    norm, act = layer.norm_v, layer.act_v
+    if type(norm) is not nn.Identity:
+        return f'norm_v is {type(norm).__name__}'
+    exact = type(act) is nn.GELU and act.approximate == 'none'
+    return '' if (exact if layer.form == 'pre' else type(act) is nn.Identity) else f'act_v is {act}'
 
 
 def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> bool:
@@ -225,9 +226,9 @@ def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> 
         return False
     if x.is_meta:  # torch 2.9 cannot tell whether autocast is on there
         return False
-    if not is_folded(layer) and layer.drop_path.training:
-        return False
-    if layer.form == 'post' and not (is_folded(layer) or (is_batch_norm(layer.norm) and not uses_batch(layer.norm))):
+    norm = layer.norm
+    reads_batch = layer.form == 'post' and not (is_batch_norm(norm) and not uses_batch(norm))
+    if not is_folded(norm) and (reads_batch or layer.drop_path.training):
         return False
     if layer.form == 'pre' and torch.is_autocast_enabled(x.device.type):  # it may run norms in float32
         return False
@@ -237,7 +238,7 @@ def _infers(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> 
 
 def _gradient(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) -> str:
     """Why the kernels cannot compute a folded layer with gradients; empty if they need not."""
-    if not (torch.is_grad_enabled() and is_folded(layer)):
+    if not (torch.is_grad_enabled() and is_folded(layer.norm)):
         return ''
     tensors = (x, *(other if isinstance(layer, MrlaBase) else (other,)), *layer.parameters())
     wanted = any(t.requires_grad for t in tensors)
@@ -265,7 +266,8 @@ def _kernels(layer: nn.Module, x: torch.Tensor, other: torch.Tensor | Memory) ->
     if why := _tensors(x, weight) or (_shortcut if is_light else _memory)(layer, x, other):
         return why
     autocast = value_dtype(x) if torch.is_autocast_enabled(x.device.type) else None
-    norm, form = layer.norm_x if layer.form == 'pre' else layer.norm, 'folded' if is_folded(layer) else layer.form
+    norm = layer.norm_x if layer.form == 'pre' else layer.norm
+    form = 'folded' if is_folded(norm) else layer.form
     kind = (
         is_light,
         form,
