@@ -23,23 +23,30 @@ from timm_mrla.layers import MrlaBase, MrlaLight
 DIM = 32
 
 
-def ceits(*args, dtype, **kwargs):
-    """MRLA-light with the norms of the paper's CeiT."""
+def norm_value(*args, dtype, **kwargs):
+    """MRLA-light that norms its value, too."""
     layer = MrlaLight(*args, dtype=dtype, **kwargs)
-    layer.norm_o, layer.norm_v = nn.Identity(), nn.BatchNorm2d(DIM, dtype=dtype)
+    layer.norm_v = nn.BatchNorm2d(DIM, dtype=dtype)
+    return layer
+
+
+def as_in_ceit(*args, **kwargs):
+    """MRLA-light that norms its value and not its shortcut."""
+    layer = norm_value(*args, **kwargs)
+    layer.norm_o = nn.Identity()
     return layer
 
 
 TOKENS = {'norm_layer': nn.LayerNorm, 'form': 'pre', 'layout': 'NLC'}
 KINDS = {
     'light': partial(MrlaLight, DIM, 8, norm_layer=nn.BatchNorm2d),
-    'light with a normed value': partial(ceits, DIM, 8, norm_layer=LayerNorm2d, form='pre', drop_path=0.5),
+    'light with a normed value': partial(norm_value, DIM, 8, norm_layer=LayerNorm2d, form='pre', drop_path=0.5),
     'light, channels last': partial(MrlaLight, DIM, 8, norm_layer=nn.LayerNorm, form='pre', layout='NHWC'),
     'base': partial(MrlaBase, DIM, 8, norm_layer=nn.BatchNorm2d),
     'base, channels last': partial(MrlaBase, DIM, 8, norm_layer=nn.BatchNorm2d, layout='NHWC'),
     'light on tokens': partial(MrlaLight, DIM, 8, **TOKENS),
     'base on tokens': partial(MrlaBase, DIM, 8, **TOKENS),
-    'light on tokens with a normed value': partial(ceits, DIM, 8, **TOKENS),
+    'light on tokens with a normed value': partial(as_in_ceit, DIM, 8, **TOKENS),
 }
 every_kind = pytest.mark.parametrize('kind', KINDS)
 

@@ -78,16 +78,15 @@ def test_entries():
         assert {*entries(module)} <= {*timm.list_models(module=module)}
 
 
-def deep_stem(entry):
-    return {'stem_type': 'deep', 'stem_width': 32} if entry in BASE and 'resnet' in entry else {}
-
-
 def check_entry(entry, stock):
-    """It builds, with the configuration of the stock entry and the parameters of the equations at every site."""
-    model = timm.create_model(entry, device='meta')
+    """It builds, with the parameters and configuration of the stock entry plus the parameters of the equations."""
+    deep = {'stem_type': 'deep', 'stem_width': 32} if entry in BASE and 'resnet' in entry else {}
+    model, plain = timm.create_model(entry, device='meta'), timm.create_model(stock, device='meta', **deep)
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v for k, v in shapes.items() if '.mrla.' not in k} == {k: v.shape for k, v in plain.state_dict().items()}
     layers = layer_attentions(model)
     if entry not in BASE:
-        sites = [site for site in timm_mrla.sites(model) if not site.reason]
+        sites = [site for site in timm_mrla.sites(plain) if not site.reason]
         assert [f'{site.name}.mrla' for site in sites] == [*layers]
     for name, layer in layers.items():
         C, light = len(layer.v.weight), entry not in BASE
@@ -95,31 +94,21 @@ def check_entry(entry, stock):
         norms = sum(p.numel() for p in norm.parameters()) * (2 if light and layer.form == 'pre' else 1)
         assert sum(p.numel() for p in layer.parameters()) == 2 * naive.kernel_size(C) + (9 + light) * C + norms, name
     weights = {'architecture', 'url', 'hf_hub_id', 'hf_hub_filename', 'custom_load', 'tag', 'license', 'description'}
-    weights |= {'notes', 'origin_url', *(['first_conv'] if deep_stem(entry) else [])}
-    cfgs = model.pretrained_cfg, timm.get_pretrained_cfg(stock).to_dict()
-    ours, theirs = ({k: v for k, v in cfg.items() if k not in weights} for cfg in cfgs)
+    weights |= {'notes', 'origin_url', *(['first_conv'] if deep else [])}
+    ours, theirs = ({k: v for k, v in m.pretrained_cfg.items() if k not in weights} for m in (model, plain))
     assert ours == theirs
     assert model.pretrained_cfg['architecture'] == entry
     assert timm.models.model_entrypoint(entry).__doc__
-    return model
-
-
-def check_backbone(entry, stock):
-    """Its other parameters are those of the stock entry."""
-    model, plain = check_entry(entry, stock), timm.create_model(stock, device='meta', **deep_stem(entry))
-    shapes = {k: v.shape for k, v in model.state_dict().items() if '.mrla.' not in k}
-    assert shapes == {k: v.shape for k, v in plain.state_dict().items()}
-    assert [*timm_mrla.sites(plain)] == [*timm_mrla.sites(model)] or entry in BASE
 
 
 @pytest.mark.parametrize('module', MODULES)
 def test_the_first_entry_of_each_module(module):
-    check_backbone(*next(iter(entries(module).items())))
+    check_entry(*next(iter(entries(module).items())))
 
 
 @pytest.mark.parametrize('entry', ['resnet18_mrlab', 'deit_tiny_mrlab', 'pvt_v2_b0_mrlab'])
 def test_an_entry_of_mrla_base(entry):
-    check_backbone(entry, BASE[entry])
+    check_entry(entry, BASE[entry])
 
 
 @pytest.mark.slow

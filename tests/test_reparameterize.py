@@ -51,6 +51,8 @@ def test_equal_outputs(name, dtype, tolerance):
     torch.testing.assert_close(folded(x), expected, rtol=tolerance, atol=tolerance * expected.std().item())
     layers = layer_attentions(folded)
     assert layers.keys() == layer_attentions(model).keys()
+    norms = [m for layer in layers.values() for m in layer.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == ([layer.norm_v for layer in layers.values()] if name.startswith('ceit') else [])
     kept = name.startswith(('deit', 'pvt', 'ceit'))
     assert all(isinstance(layer.norm, nn.Identity if kept else Affine) for layer in layers.values())
 

@@ -80,7 +80,8 @@ class _Builder:
 
     def __call__(self, model_cls: Entrypoint, variant: str, *args: Any, **kwargs) -> nn.Module:
         """Call timm's `build_model_with_cfg` with the arguments that an entrypoint of timm's has for it."""
-        self.filter_fn, self.strict = kwargs.get('pretrained_filter_fn'), kwargs.get('pretrained_strict', True)
+        self.filter_fn = kwargs.get('pretrained_filter_fn') or (lambda state_dict: state_dict)
+        self.strict = kwargs.get('pretrained_strict', True)
         create = partial(self.create, model_cls, variant if kwargs.pop('pruned', False) else '')
         kwargs.update(pretrained_cfg=self.cfg, pretrained_filter_fn=self.fit)
         return models.build_model_with_cfg(create, variant, self.pretrained, **kwargs)
@@ -102,12 +103,9 @@ class _Builder:
                 raise RuntimeError(f"the backbone's weights cannot be loaded from {source}: {e}") from e
         return model
 
-    def convert(self, state_dict: StateDict, model: nn.Module) -> StateDict:
-        """Convert names of timm's weights and of the paper's code."""
-        state_dict = convert_state_dict(state_dict)
-        if self.filter_fn is None:
-            return state_dict
-        plain, ours = {}, {}  # a filter may rename layer attention by accident
+    def filter(self, state_dict: StateDict, model: nn.Module) -> StateDict:
+        """Apply timm's filter to the backbone only, because it may rename layer attention by accident."""
+        plain, ours = {}, {}
         for name, tensor in state_dict.items():
             (ours if '.mrla.' in name else plain)[name] = tensor
         args = (plain, model) if len(signature(self.filter_fn).parameters) > 1 else (plain,)
@@ -115,12 +113,13 @@ class _Builder:
 
     def fit(self, state_dict: StateDict, model: nn.Module) -> StateDict:
         """Convert and complete a checkpoint; raise RuntimeError if it does not fit the model."""
+        state_dict = convert_state_dict(state_dict)
         if self.saved:
             own = model.state_dict()
-            adapter = {**{name: own[name] for name in backbone_names(model)}, **convert_state_dict(state_dict)}
+            adapter = {**{name: own[name] for name in backbone_names(model)}, **state_dict}
             return fit_state_dict(adapter, model, self.cfg)
-        if not weights.is_warm_start(self.cfg) or any('.mrla.' in name for name in convert_state_dict(state_dict)):
-            return fit_state_dict(self.convert(state_dict, model), model, self.cfg, self.strict)
+        if not weights.is_warm_start(self.cfg) or any('.mrla.' in name for name in state_dict):
+            return fit_state_dict(self.filter(state_dict, model), model, self.cfg, self.strict)
         weights.zero_output_scales(model)
         if not self.is_adapter:
             _logger.warning(
@@ -144,7 +143,7 @@ class _Builder:
                 'names another file'
             )
         ours = {name: tensor for name, tensor in model.state_dict().items() if '.mrla.' in name}
-        return fit_state_dict({**self.convert(state_dict, model), **ours}, model, cfg, self.strict)
+        return fit_state_dict({**self.filter(convert_state_dict(state_dict), model), **ours}, model, cfg, self.strict)
 
 
 def _call_with_builder(entrypoint: Entrypoint, builder: Entrypoint, **kwargs) -> nn.Module:

@@ -21,6 +21,9 @@ from timm_mrla.layers import Grid, Memory, MrlaBase, MrlaLight, layer_attentions
 from timm_mrla.models._weights import zero_output_scales
 from timm_mrla.switches import is_on
 
+# norms over the last dimension; timm has each for maps [B, C, H, W], too, as NAME2d
+_NORMS = (nn.LayerNorm, layers.LayerNorm, layers.RmsNorm, layers.SimpleNorm)
+
 
 class Site(NamedTuple):
     """A block, and the layer attention that it supports, or the reason why it supports none."""
@@ -148,16 +151,14 @@ class _Block:
 
 def _contiguous_if_frozen(norm: nn.GroupNorm, args: tuple[torch.Tensor]) -> torch.Tensor:
     """Before 2.14, torch crashes on a CPU in the gradient of a group norm whose channels_last input needs none."""
-    if isinstance(args[0], torch.fx.Proxy) or args[0].requires_grad or not torch.is_grad_enabled():
-        return args[0]
-    return args[0].contiguous()
+    is_frozen = not isinstance(args[0], torch.fx.Proxy) and torch.is_grad_enabled() and not args[0].requires_grad
+    return args[0].contiguous() if is_frozen else args[0]
 
 
 def _new_norm(norm: nn.Module, on_maps: bool, dim: int, device=None, dtype=None) -> nn.Module:
     """Build a new norm like one of the block's, without activation."""
-    # a norm over the last dimension has a counterpart for maps [B, C, H, W], such as LayerNorm2d
-    if on_maps and (norm_2d := getattr(layers, f'{type(norm).__name__}2d', None)):
-        return norm_2d(dim, eps=norm.eps, device=device, dtype=dtype)
+    if on_maps and type(norm) in _NORMS:
+        return getattr(layers, f'{type(norm).__name__}2d')(dim, eps=norm.eps, device=device, dtype=dtype)
     if not [*norm.parameters()]:  # a frozen batch norm has none, but the new one must learn
         return nn.BatchNorm2d(dim, eps=norm.eps, device=device, dtype=dtype)
     # deepcopy gets the copies of the tensors, because it cannot copy those that a FakeTensorMode made
